@@ -1,0 +1,1285 @@
+"""AntiSD, Anti-Self-Distillation for reasoning RL, in one readable file.
+
+The method is that of "Anti-Self-Distillation for Reasoning RL via Pointwise Mutual Information"
+(Shen et al., 2026, arXiv 2605.11609); equation and table numbers below are the paper's. A language
+model answers a problem, a verifier grades the answer, GRPO reinforces what beat its group. Beside
+that, the same network reads the problem once more together with a verified solution c (the
+self-teacher) and scores the student's own tokens. Self-distillation would pull the student towards
+that teacher; AntiSD pushes it away, by a bounded amount, and a gate stops it when the teacher
+collapses.
+
+    torchrun antisd.py @toy/demo.args                                    # a laptop, minutes
+    torchrun --nproc-per-node 8 antisd.py --model Qwen/Qwen3-4B-Instruct-2507 \\
+        --dataset open-r1/DAPO-Math-17k-Processed --dataset_config en --output runs/qwen3-4b
+
+Algorithm 1, line by line                                                in train():
+    1  y ~ pi_S(.|x), G responses per problem, R(x, y)                   sample, is_correct
+    2  s_t = log pi_S(y_t)                                               Policy (with gradient)
+    3  t_t = log pi_T(y_t), c in the prompt                              score on teacher_prompts
+    4  u_t = t_t - s_t, the pointwise mutual information, Eq. (4)        u
+    5  phi(u_t), the bounded shape, Eq. (6)                              METHODS, phi
+    6  H, the teacher's entropy over the batch                           statistic
+    7  g, the Schmitt trigger; lambda = g * lambda_max, Eq. (7)          EntropyGate
+    8  A_t = A_seq - lambda * sg[phi(u_t)], Eq. (2), (6)                 token_advantages
+    9  one policy-gradient update                                        policy_loss
+
+What is not here: no critic, no KL term, no reference model, no reward model, no inference engine.
+Shapes: B problems x G responses = N rows, T response tokens, L tokens with the prompt, V words,
+D hidden. Logs are natural, so log-probabilities, u and entropies are in nats. Where the paper is
+silent the line says `our choice`; the README lists every one.
+"""
+import argparse
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import json
+import math
+import os
+import random
+import re
+import resource
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from torch.distributed.checkpoint import state_dict as dcp_state
+from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
+                                    register_fsdp_forward_method)
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache,
+                          GenerationConfig)
+
+# ------------------------------------------------------------------------------------------------
+# 1. The method: pure tensor functions
+# ------------------------------------------------------------------------------------------------
+
+
+def group_advantages(rewards, group_size):
+    """GRPO's sequence advantage A_seq = (R - mean R) / std R within each group.
+
+    rewards (N,), groups are consecutive runs of `group_size`; returns (N,).
+    """
+    groups = rewards.view(-1, group_size)                                            # (B, G)
+    centred = groups - groups.mean(1, keepdim=True)
+    # our choice: unbiased std + 1e-6; an all-equal group gets 0 itself, not rounding noise / 1e-6
+    advantages = centred / (groups.std(1, keepdim=True) + 1e-6)
+    equal = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)
+    return advantages.masked_fill(equal, 0.0).view(-1)
+
+
+def phi(u):
+    """The f-divergence derivative of the JSD at pi_S / pi_T = exp(-u), Eq. (6); any shape.
+
+    Rises from -log(2)/2 (u << 0, deliberation) through phi(0) = 0 with slope 1/4, then as u/2
+    (u >> 0, shortcuts). softplus and not log(1 + exp(u)): that one overflows.
+    """
+    return 0.5 * (F.softplus(u) - math.log(2))
+
+
+# The arms: the per-token term delta in A_t = A_seq + lambda * delta(u), u = log pi_T - log pi_S. Add
+# a signal of your own here. With v drawn from pi_S and the teacher held fixed,
+#     grad JSD(pi_S || pi_T) = E[-phi(u_v) grad log pi_S(v)]     so delta = -phi ascends the JSD,
+#     grad  KL(pi_S || pi_T) = E[  -u_v    grad log pi_S(v)]     so delta = +u descends the KL.
+METHODS = {
+    "grpo": torch.zeros_like,           # the baseline
+    "sd": lambda u: u,                  # default self-distillation, Eq. (3)
+    "sd_jsd": lambda u: phi(u),         # self-distillation with AntiSD's shape
+    "antisd": lambda u: -phi(u),        # Eq. (6)
+    "antisd_kl": lambda u: -u,          # ablation: ascend the reverse KL, unbounded
+    "no_teacher": lambda u: -phi(u),    # ablation: the trainer passes u = -s (log pi_T := 0)
+}
+GATED = ("antisd", "antisd_kl", "no_teacher")    # our choice: warm-up and gate are AntiSD's alone
+
+
+def token_advantages(seq_advantages, u, lam, method="antisd", compose="add"):
+    """Every token's advantage, Eq. (2): A_t = A_seq + lambda * sg[delta(u_t)].
+
+    seq_advantages (N,), u (N, T) in nats, lam >= 0; returns (N, T) without gradient.
+    compose="mul" is Table 3's A_seq * (1 + lambda * delta), which is silent where A_seq = 0.
+    """
+    delta = METHODS[method](u.detach())
+    a_seq = seq_advantages.detach()[:, None]
+    if compose == "mul":
+        return a_seq * (1 + lam * delta)
+    return a_seq + lam * delta
+
+
+class EntropyGate:
+    """The Schmitt trigger of Eq. (7) on the teacher's entropy H, in nats per token.
+
+    For `warmup_steps` steps it returns 0 and records H; h_warm is their median. From then on
+    g <- 1 if H >= h_warm; g <- 0 if H < tau_down * h_warm; else unchanged. tau_down=0: never shuts.
+    """
+
+    def __init__(self, warmup_steps=5, tau_down=0.93):
+        self.warmup_steps, self.tau_down = warmup_steps, tau_down
+        self.history, self.h_warm, self.g = [], None, 1.0
+
+    def update(self, entropy):
+        """Takes this step's H (a float), returns this step's g: 0.0 or 1.0."""
+        if len(self.history) < self.warmup_steps:
+            self.history.append(float(entropy))
+            if len(self.history) == self.warmup_steps:
+                # our choice: the median of the step values; the paper does not say how it pools
+                self.h_warm = statistics.median(self.history)
+            return 0.0
+        if self.h_warm is None:                          # warmup_steps=0: nothing to compare with
+            return self.g
+        if entropy >= self.h_warm:
+            self.g = 1.0
+        elif entropy < self.tau_down * self.h_warm:
+            self.g = 0.0
+        return self.g
+
+    def state_dict(self):
+        return {"history": list(self.history), "h_warm": self.h_warm, "g": self.g}
+
+    def load_state_dict(self, state):
+        self.history, self.h_warm, self.g = list(state["history"]), state["h_warm"], state["g"]
+
+
+def policy_loss(logp, old_logp, advantages, mask, num_tokens, clip=0.2):
+    """PPO's clipped surrogate: -sum(mask * min(r A, clip(r) A)) / num_tokens, r = pi / pi_old.
+
+    logp, old_logp, advantages, mask: (N, T); mask may hold weights; returns a scalar. num_tokens is
+    the count of the WHOLE step, over all micro-batches and ranks, so that adding the micro-batches'
+    losses gives the step's loss however the batch was split. With one update per batch old_logp is
+    logp itself: r = 1, the clip is inert, the loss is -mean A and its gradient -A grad log pi.
+    """
+    ratio = torch.exp(logp - old_logp.detach())
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+    return -(surrogate * mask).sum() / num_tokens
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. Configuration: every field is a flag, every default is the paper's unless the text says so
+# ------------------------------------------------------------------------------------------------
+
+
+class InputError(ValueError):
+    """Something the user can mend. Printed as one line; the process ends with code 2."""
+
+
+def flag(default, text, **options):
+    return dataclasses.field(default=default, metadata={"help": text, **options})
+
+
+@dataclasses.dataclass
+class Config:
+    # the model and what it reads
+    model: str = flag("", "Hugging Face folder or hub id of a chat model (required)")
+    dataset: str = flag("open-r1/DAPO-Math-17k-Processed",
+                        "training problems: .jsonl, .json or .parquet file, or hub id (Table 5)")
+    dataset_config: str = flag("all", "configuration of a hub data set; not used for files")
+    split: str = flag("train", "split of a hub data set; not used for files")
+    max_prompt_tokens: int = flag(2048, "longer problems are dropped and counted (not the paper's)",
+                                  least=1)
+    chat_template_kwargs: str = flag("{}", "JSON for the chat template, the same for student and "
+                                     """teacher: '{"enable_thinking": false}' for Qwen3 hybrids""")
+    trust_remote_code: bool = flag(False, "run model code that comes with the checkpoint")
+    # the method
+    method: str = flag("antisd", "which per-token term joins GRPO", choices=list(METHODS))
+    compose: str = flag("add", "A + lam * delta, or mul: A * (1 + lam * delta) (Table 3)",
+                        choices=["add", "mul"])
+    lam: float = flag(0.5, "lambda_max, weight of the per-token term (Table 5)", least=0)
+    warmup_steps: int = flag(5, "W: steps with lambda 0 that calibrate H_warm (Table 5)", least=0)
+    tau_down: float = flag(0.93, "the gate shuts below tau_down * H_warm; 0: no gate (Table 5)",
+                           least=0)
+    gate_stat: str = flag("mean", "the gate's statistic of token entropies; median is the paper's "
+                          "text, but a token median is near 0 nats", choices=["mean", "median"])
+    gate_source: str = flag("teacher", "whose entropy moves the gate (Table 3)",
+                            choices=["teacher", "student"])
+    # the rollout
+    problems_per_step: int = flag(32, "B, over all ranks (Table 5)", least=1)
+    group_size: int = flag(8, "G, responses per problem (Table 5)", least=2)
+    max_tokens: int = flag(32768, "longest response, in tokens (Table 5)", least=1)
+    temperature: float = flag(1.0, "of rollouts; scoring divides by it too (Table 5)")
+    rollout_batch: int = flag(0, "responses decoded at once on a rank, bounds the KV cache; 0: all",
+                              least=0)
+    # the update
+    lr: float = flag(1e-6, "AdamW's constant learning rate (Table 5)", least=0)
+    warmup_lr_steps: int = flag(0, "linear learning-rate warm-up, in steps", least=0)
+    weight_decay: float = flag(0.01, "AdamW's (not in the paper)", least=0)
+    max_grad_norm: float = flag(1.0, "gradient clipping (not in the paper)")
+    clip: float = flag(0.2, "PPO clip; inert while updates_per_batch is 1 (Table 5)")
+    steps: int = flag(200, "training steps (Table 5)", least=1)
+    updates_per_batch: int = flag(1, "optimizer updates per rollout batch, on whole groups", least=1)
+    loss_agg: str = flag("token", "token: sum over tokens / tokens of the step; seq: mean over "
+                         "responses of their means (not in the paper)", choices=["token", "seq"])
+    mask_truncated: bool = flag(False, "leave truncated responses out of the loss")
+    # the machine
+    micro_tokens: int = flag(16384, "tokens (padding included) of one scoring or training "
+                             "micro-batch; a longer response goes alone", least=1)
+    gradient_checkpointing: bool = flag(False, "recompute layers in backward: slower, leaner")
+    dtype: str = flag("auto", "compute type; auto is bfloat16 on CUDA and float32 on the CPU; "
+                      "master weights are float32", choices=["auto", "bfloat16", "float32"])
+    seed: int = flag(0, "of data order, rollouts and the choice of solutions")
+    # validation, records
+    eval_dataset: str = flag("", "held-out problems; evaluated before the first and after the last "
+                             "step")
+    eval_every: int = flag(0, "also evaluate every so many steps", least=0)
+    eval_samples: int = flag(1, "responses per held-out problem", least=1)
+    eval_temperature: float = flag(0.7, "of evaluation (Table 5); 0 is greedy", least=0)
+    eval_top_p: float = flag(0.95, "of evaluation (Table 5)")
+    output: str = flag("runs/antisd", "folder of this run")
+    save_every: int = flag(20, "steps between checkpoints; 0: none", least=0)
+    keep: int = flag(2, "newest checkpoints kept", least=1)
+    resume: bool = flag(False, "continue the run in --output from its newest whole checkpoint")
+    init_from: str = flag("", "folder of a run whose weights, optimizer and data position to start "
+                          "from, with step count and gate fresh (continual AntiSD)")
+    sample_every: int = flag(10, "steps between rollouts shown and written to samples.jsonl", least=1)
+    tracker: str = flag("", "wandb or trackio, if installed", choices=["", "wandb", "trackio"])
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, rules = getattr(self, field.name), field.metadata
+            if value not in rules.get("choices", [value]):
+                raise InputError(f"--{field.name} {value!r}: choose from {rules['choices']}")
+            if "least" in rules and not rules["least"] <= value < math.inf:
+                raise InputError(f"--{field.name} {value}: must be at least {rules['least']}")
+        for wrong, text in (
+            (not self.model, "--model is required: a Hugging Face folder or a hub id"),
+            (not self.temperature > 0, "--temperature: rollouts are samples, it must be above 0"),
+            (not 0 < self.eval_top_p <= 1, "--eval_top_p must be above 0 and at most 1"),
+            (not 0 < self.clip < 1, "--clip must be between 0 and 1"),
+            (not self.max_grad_norm > 0, "--max_grad_norm must be above 0"),
+            (not self.warmup_steps and self.tau_down and self.method in GATED,
+             "--warmup_steps 0 leaves the gate without H_warm; no gate at all is --tau_down 0"),
+        ):
+            if wrong:
+                raise InputError(text)
+        try:
+            is_object = isinstance(self.template_kwargs, dict)
+        except json.JSONDecodeError:
+            is_object = False
+        if not is_object:
+            raise InputError("--chat_template_kwargs must be a JSON object, such as "
+                             """'{"enable_thinking": false}'""")
+
+    @property
+    def template_kwargs(self):
+        return json.loads(self.chat_template_kwargs)
+
+
+class FlagParser(argparse.ArgumentParser):
+    def convert_arg_line_to_args(self, line):            # @file: several words a line, # comments
+        return shlex.split(line, comments=True)
+
+    def error(self, message):                            # one line instead of the whole usage
+        raise InputError(message)
+
+
+def parse_config(argv=None):
+    """Flags (default: the command line) -> Config. Raises InputError with one line on bad input."""
+    parser = FlagParser(description=__doc__.split("\n\n")[0], fromfile_prefix_chars="@",
+                        allow_abbrev=False)
+    for field in dataclasses.fields(Config):
+        names = list(dict.fromkeys([f"--{field.name}", "--" + field.name.replace("_", "-")]))
+        kind = ({"action": argparse.BooleanOptionalAction} if field.type is bool
+                else {"type": field.type, "choices": field.metadata.get("choices")})
+        parser.add_argument(*names, default=field.default,
+                            help=f"{field.metadata['help']} [{field.default}]".replace("%", "%%"),
+                            **kind)
+    return Config(**vars(parser.parse_args(argv)))
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. Data, and what the student and the teacher read
+# ------------------------------------------------------------------------------------------------
+
+DAPO_HEAD = ("Solve the following math problem step by step. The last line of your response should "
+             "be of the form Answer:")
+DAPO_TAIL = 'Remember to put your answer on its own line after "Answer:".'
+
+
+def load_problems(path, split=None, limit=None, config=None):
+    """Problems from a .jsonl, .json or .parquet file, or from a hub data set.
+
+    Returns a list of {"id": row number, "problem": str, "answer": str, "solution": str or None};
+    rows with the same problem are merged, the first one stays. Columns recognised:
+    problem | question | prompt (text or chat messages); answer | final_answer |
+    reward_model.ground_truth | Answer; solution. Raises InputError, which names the columns found.
+    """
+    problems = {}
+    for number, row in enumerate(_rows(path, split, config)):
+        where = f"{path}: row {number + 1}"
+        if not isinstance(row, dict):
+            raise InputError(f"{where} is not an object with named fields")
+        found = f"the columns are {', '.join(map(str, row))}"
+        text = next((row[k] for k in ("problem", "question", "prompt") if row.get(k)), None)
+        if isinstance(text, list):                       # chat messages: the user's turn
+            text = next((t["content"] for t in reversed(text) if t["role"] == "user"), None)
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"{where} has no problem (problem, question or prompt); {found}")
+        verdict = row.get("reward_model") or {}
+        row = {**row, "reward_model.ground_truth": verdict.get("ground_truth")}
+        keys = ("answer", "final_answer", "reward_model.ground_truth", "Answer")
+        answer = next((str(row[k]) for k in keys if row.get(k) not in (None, "")), None)
+        if answer is None:
+            raise InputError(f"{where} has no answer ({', '.join(keys)}); {found}")
+        solution = row.get("solution")
+        if "####" in answer:                             # GSM8K: the working, #### and the number
+            solution, answer = answer, answer.rsplit("####", 1)[1].replace(",", "")
+        if text.startswith(DAPO_HEAD):                   # asks for "Answer:", our reward for a box
+            text = text.split("\n\n", 1)[-1].replace(DAPO_TAIL, "")
+        text, answer = text.strip(), answer.strip()
+        problems.setdefault(text, {"id": number, "problem": text, "answer": answer,
+                                   "solution": _worked_solution(solution, answer)})
+        if limit and len(problems) >= limit:
+            break
+    if not problems:
+        raise InputError(f"{path} holds no problems")
+    return list(problems.values())
+
+
+def _rows(path, split, config):
+    """The raw rows. JSON is read here: errors name the line, and a column may mix types."""
+    file = Path(path)
+    if file.suffix in (".jsonl", ".json", ".parquet") and not file.is_file():
+        raise InputError(f"{path}: no such file")
+    if file.suffix == ".jsonl":
+        with open(file, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    try:
+                        yield json.loads(line)
+                    except json.JSONDecodeError as error:
+                        raise InputError(f"{path}: line {number} is not JSON: {error}") from None
+    elif file.suffix == ".json":
+        try:
+            rows = json.loads(file.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} is not JSON: {error}") from None
+        if not isinstance(rows, list):
+            raise InputError(f"{path} must hold a list of objects; for one a line call it .jsonl")
+        yield from rows
+    else:
+        try:
+            if file.suffix == ".parquet":
+                yield from datasets.load_dataset("parquet", data_files=str(file), split="train")
+            else:
+                yield from datasets.load_dataset(path, config or None, split=split or "train")
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"cannot load the data set {path}: {reason}") from None
+
+
+def _worked_solution(solution, answer):
+    """A solution for the teacher, or None where the column repeats the answer (DAPO-Math does)."""
+    if not solution or str(solution).strip() == answer:
+        return None
+    text = re.sub(r"<<[^<>]*>>", "", str(solution)).strip()        # GSM8K's calculator notes
+    work, mark, final = text.rpartition("\n####")
+    return f"{work}\nThe answer is \\boxed{{{final.strip()}}}." if mark else text
+
+
+def next_problems(problems, position, count, seed):
+    """`count` problems from `position` on; the order is a function of (seed, epoch) alone."""
+    batch = []
+    for p in range(position, position + count):
+        epoch, place = divmod(p, len(problems))
+        shuffle = torch.Generator().manual_seed(seed * 100_003 + epoch)
+        batch.append(problems[int(torch.randperm(len(problems), generator=shuffle)[place])])
+    return batch
+
+
+def student_messages(problem):
+    """What pi_S reads (Appendix C): a problem's text -> chat messages."""
+    return [{"role": "user", "content": "Solve the following math problem. Place the final answer "
+             "in \\boxed{}.\n\n" + problem}]
+
+
+def teacher_messages(problem, solution, correct):
+    """What pi_T reads (Appendix C): the student's turn and then c, a verified solution and the
+    verdict on the student's own response. No solution means no c: the student's messages."""
+    messages = student_messages(problem)
+    if solution:
+        # plain concatenation: solutions are full of braces, backslashes and percent signs
+        messages[0]["content"] += (
+            "\n\nYour previous attempt:\n" + solution
+            + "\n\nPrevious assessment: Your answer is " + ("correct." if correct else "incorrect.")
+            + "\n\nNow solve this problem step by step.")
+    return messages
+
+
+def render(tokenizer, messages, template_kwargs):
+    """Chat messages -> prompt ids, the same call for student, teacher and evaluation: whatever
+    differed besides c would show up in u."""
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True,
+                                         return_dict=False, **template_kwargs)
+
+
+def pick_solutions(group, rng):
+    """The verified solution that each response of one group is shown: [(text, source), ...].
+
+    A correct sibling serves the whole group (rows that share a prompt can share its work), and that
+    one gets another correct one: never itself, the teacher would only copy. Without one: the data
+    set's worked solution, else its bare answer. rng: a random.Random; group: a list of Rollout.
+    """
+    correct = [i for i, rollout in enumerate(group) if rollout.reward == 1.0]
+    rng.shuffle(correct)                                 # our choice: seeded random, not the first
+    picks = []
+    for i in range(len(group)):
+        sibling = next((j for j in correct if j != i), None)
+        problem = group[i].problem
+        if sibling is not None:                          # of a thinking model: what follows it
+            picks.append((group[sibling].text.rpartition("</think>")[2].strip(), "sibling"))
+        elif problem["solution"]:
+            picks.append((problem["solution"].rpartition("</think>")[2].strip(), "solution"))
+        else:
+            picks.append(("The answer is \\boxed{" + problem["answer"] + "}.", "answer"))
+    return picks
+
+
+def teacher_prompt(tokenizer, problem, solution, correct, template_kwargs, longest):
+    """The teacher's prompt ids, at most `longest`: a solution that is too long loses its head (the
+    tail has the answer); problem, headings and generation prompt are never cut."""
+    prompt = render(tokenizer, teacher_messages(problem, solution, correct), template_kwargs)
+    if len(prompt) > longest:
+        ids, cut = tokenizer.encode(solution, add_special_tokens=False), 0
+        while len(prompt) > longest and cut < len(ids):  # decoded text may not re-encode in place
+            cut += len(prompt) - longest
+            messages = teacher_messages(problem, "..." + tokenizer.decode(ids[cut:]), correct)
+            prompt = render(tokenizer, messages, template_kwargs)
+    return prompt
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. The verifiable reward
+# ------------------------------------------------------------------------------------------------
+# REWARD-BEGIN
+
+
+def extract_boxed(text):
+    text = text.rpartition("</think>")[2]
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth = 0
+    for i in range(start + 6, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if depth == 0:
+            return text[start + 7:i]
+    return None
+
+
+def is_correct(response, answer):
+    box = extract_boxed(response)
+    return box is not None and "".join(box.split()) == "".join(answer.split())
+
+
+# REWARD-END
+# ------------------------------------------------------------------------------------------------
+# 5. The policy: rollouts and log-probabilities from one set of weights
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Rollout:
+    problem: dict           # a row of load_problems, with the student's prompt ids as "prompt"
+    ids: list               # the response's ids, up to and including its first end-of-sequence id
+    text: str               # ids decoded, without special tokens: graded, shown to the teacher
+    truncated: bool         # ran into max_tokens
+    reward: float           # R in {0, 1}
+
+
+def token_logprobs(hidden, lm_head, targets, temperature=1.0, chunk=1024):
+    """log pi(target) and the entropy of pi, from hidden states, without ever holding all logits.
+
+    hidden (M, D), lm_head: a module (m, D) -> (m, V) logits, targets (M,) ids; returns ((M,), (M,))
+    in nats, fp32; no gradient flows through the entropy. At most `chunk` rows of logits exist at a
+    time, fewer for big vocabularies (2^26 logits, 256 MiB in fp32), and backward recomputes them.
+    """
+    vocabulary = lm_head.weight.shape[0] if hasattr(lm_head, "weight") else 1
+    rows = max(1, min(chunk, 2**26 // vocabulary))
+
+    def piece(h, y):
+        # upcast first: a bf16 log-softmax errs by 0.01 nats, the size of a typical u
+        logps = F.log_softmax(lm_head(h).float() / temperature, dim=-1)              # (m, V)
+        with torch.no_grad():
+            entropy = torch.special.entr(logps.exp()).sum(-1)                        # 0 log 0 = 0
+        return logps.gather(-1, y[:, None]).squeeze(-1), entropy                     # (m,), (m,)
+
+    parts = [checkpoint(piece, h, y, use_reentrant=False, preserve_rng_state=False)
+             for h, y in zip(hidden.split(rows), targets.split(rows))]
+    logp, entropy = zip(*parts)
+    return torch.cat(logp), torch.cat(entropy)
+
+
+class Policy(nn.Module):
+    """A Hugging Face causal language model; pi_S and pi_T are this one network on two prompts."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model.eval()       # no dropout anywhere: student and teacher are one function
+        # the checkpoint's top_k, penalties and so on would change the law we sample from: they are
+        # kept for export and cleared for rollouts
+        self.checkpoint_generation_config = model.generation_config
+        model.generation_config = GenerationConfig()
+        eos = self.checkpoint_generation_config.eos_token_id    # an id, a list of ids, or None
+        self.eos_ids = sorted(eos if isinstance(eos, list) else {eos} - {None})
+
+    def forward(self, ids, predicts, temperature=1.0):
+        """Log-probs and entropies of the response tokens of right-padded rows (see `pack`).
+
+        ids (n, L); predicts (n, L-1) bool: token j+1 is a response token. Returns (n, T), (n, T)
+        in nats, zeros past a response's end. Padding stands on the right, where causal attention
+        never looks, so no mask is needed and positions are 0..L-1.
+        """
+        hidden = self.model.base_model(input_ids=ids, use_cache=False)[0]            # (n, L, D)
+        logp, entropy = token_logprobs(hidden[:, :-1][predicts], self.model.get_output_embeddings(),
+                                       ids[:, 1:][predicts], temperature)            # (M,), (M,)
+        lengths = predicts.sum(1)
+        mask = torch.arange(max(1, int(lengths.max())), device=ids.device) < lengths[:, None]
+        empty = torch.zeros(mask.shape, device=ids.device)                           # (n, T)
+        return empty.masked_scatter(mask, logp), empty.masked_scatter(mask, entropy)
+
+    def generate(self, **inputs):
+        return self.model.generate(**inputs)
+
+
+def pack(prompts, responses, device):
+    """prompt + response, right-padded -> ids (n, L), predicts (n, L-1). No rows: one idle row, with
+    which a rank that has run out of micro-batches takes part in the others' communication."""
+    rows = [p + r for p, r in zip(prompts, responses)] or [[0, 0]]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    predicts = torch.zeros(len(rows), width - 1, dtype=torch.bool, device=device)
+    for i, (prompt, response) in enumerate(zip(prompts, responses)):
+        predicts[i, len(prompt) - 1:len(prompt) + len(response) - 1] = True
+    return ids, predicts
+
+
+@torch.no_grad()
+def sample(policy, prompts, group_size, max_tokens, temperature=1.0, top_p=1.0, rollout_batch=0,
+           stride=32):
+    """Draws `group_size` responses to every prompt: y ~ pi_S(.|x), Algorithm 1 line 1.
+
+    prompts: lists of ids. Returns len(prompts) * group_size lists of ids, groups consecutive, each
+    up to and including its first end-of-sequence id, or `max_tokens` long. temperature 0 is greedy;
+    rollout_batch > 0 bounds the responses that are decoded at once (whole groups).
+    """
+    policy.eval()       # in train mode gradient checkpointing would drop the cache without a word
+    device = next(policy.parameters()).device
+    # every setting is explicit: what is left out falls back to defaults that truncate (top_k=50)
+    settings = dict(do_sample=temperature > 0, top_k=0, eos_token_id=policy.eos_ids,
+                    pad_token_id=policy.eos_ids[0], synced_gpus=False)
+    if temperature > 0:
+        settings |= dict(temperature=temperature, top_p=top_p)
+    step = max(1, rollout_batch // group_size) if rollout_batch else len(prompts)
+    ends, responses = torch.tensor(policy.eos_ids, device=device), []
+    for first in range(0, len(prompts), step):
+        part = prompts[first:first + step]
+        width = max(map(len, part))                      # left-padded: the last column is real
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in part], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=device)
+        cache = DynamicCache(config=policy.model.config)
+        # each prompt is read once for its whole group (the token drawn by this call is not used)
+        policy.generate(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache,
+                        max_new_tokens=1, **settings)
+        cache.batch_repeat_interleave(group_size)
+        ids, mask = ids.repeat_interleave(group_size, 0), mask.repeat_interleave(group_size, 0)
+        drawn = [[] for _ in ids]
+        alive = torch.arange(len(ids), device=device)
+        for done in range(0, max_tokens, stride):
+            out = policy.generate(input_ids=ids, attention_mask=mask, past_key_values=cache,
+                                  max_new_tokens=min(stride, max_tokens - done), **settings)
+            new = out[:, ids.shape[1]:]                                            # (n, <= stride)
+            ended = torch.isin(new, ends)
+            stops = torch.where(ended.any(1), ended.int().argmax(1) + 1, new.shape[1])
+            for i, row, stop in zip(alive.tolist(), new.tolist(), stops.tolist()):
+                drawn[i] += row[:stop]                   # the end token is an action too: it stays
+            going = (~ended.any(1)).nonzero().squeeze(1)
+            if not len(going):
+                break
+            cache.batch_select_indices(going)            # rows that have ended leave the batch
+            ids, alive = out[going], alive[going]
+            mask = torch.cat([mask[going], mask.new_ones(len(going), new.shape[1])], 1)
+        responses += drawn
+    return responses
+
+
+def micro_batches(lengths, budget):
+    """Row indices in micro-batches of similar length, longest first: rows * longest <= budget, but
+    a row beyond the budget goes alone. The same number on every rank: shorter lists end in []."""
+    batches = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches + [[]] * (max(gather(len(batches))) - len(batches))
+
+
+@torch.no_grad()
+def score(policy, prompts, responses, micro_tokens, temperature=1.0):
+    """log pi(y_t | prompt, y_<t) and the entropies, (N, T) each, in nats, zeros past the end."""
+    device = next(policy.parameters()).device
+    logp = torch.zeros(len(prompts), max(map(len, responses)), device=device)
+    entropy = torch.zeros_like(logp)
+    lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
+    for rows in micro_batches(lengths, micro_tokens):
+        batch = pack([prompts[i] for i in rows], [responses[i] for i in rows], device)
+        part = policy(*batch, temperature)
+        if rows:
+            logp[rows, :part[0].shape[1]], entropy[rows, :part[1].shape[1]] = part
+    return logp, entropy
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. Many GPUs (safe to skip: with one process every function here changes nothing)
+# ------------------------------------------------------------------------------------------------
+
+
+def setup():
+    """Joins torchrun's process group, or makes one of a single process -> rank, world, device.
+
+    One code path for 1 and for N processes: FSDP on a single one measured 3% slower than none.
+    """
+    cuda = torch.cuda.is_available()
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, **alone)
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def gather(value):
+    """[value of rank 0, value of rank 1, ...] on every rank; the one collective besides FSDP's."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def shard(policy, dtype, device):
+    """FSDP2: float32 parameters, gradients and optimizer state are split over the ranks, and each
+    layer is gathered in `dtype` while it computes. The root holds embeddings and head together,
+    which may be tied, and reshards too, else a forward before step() would leave stale weights."""
+    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
+    options = dict(mesh=mesh, reshard_after_forward=True,
+                   mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+    for module in list(policy.modules()):
+        if type(module).__name__ in policy.model._no_split_modules:      # the decoder layers
+            fully_shard(module, **options)
+    fully_shard(policy, **options)
+    register_fsdp_forward_method(policy, "generate")
+    # after the split, so that no rank ever holds a whole float32 copy; AdamW at lr 1e-6 on bf16
+    # weights would round every update away
+    return policy.float().to(device)
+
+
+@contextmanager
+def gathered(policy):
+    """Weights are whole inside: decoding communicates nothing, ranks may stop at other lengths."""
+    layers = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    policy.set_reshard_after_forward(False)
+    for layer in layers:
+        layer.unshard()
+    try:
+        yield
+    finally:
+        policy.set_reshard_after_forward(True)
+        for layer in layers:
+            layer.reshard()
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. Checkpoints (safe to skip)
+# ------------------------------------------------------------------------------------------------
+
+
+def _checksum(file):
+    crc = 0
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 24):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def _state(policy, optimizer):
+    model, optim = dcp_state.get_state_dict(policy, optimizer)
+    return {"model": model, "optimizer": optim}
+
+
+def checkpoints(run):
+    """The whole checkpoints of a run, oldest first."""
+    return sorted(Path(run).glob("checkpoints/step-*"))
+
+
+def save_checkpoint(run, policy, optimizer, now, keep):
+    """Every rank writes its shards into checkpoints/writing; rank 0 renames
+    that to step-N when all is whole, and drops all but the `keep` newest. A disk that is full costs
+    this checkpoint and one printed line; the older ones stay and the run goes on."""
+    rank, writing = dist.get_rank(), run / "checkpoints" / "writing"
+    error = None
+    if rank == 0:
+        shutil.rmtree(writing, ignore_errors=True)
+    gather(None)                                         # nobody writes before it is gone
+    try:
+        dcp.save(_state(policy, optimizer), checkpoint_id=writing)
+        sums = {file.name: _checksum(file) for file in writing.glob(f"__{rank}_*")}
+    except (OSError, dcp.api.CheckpointException) as problem:
+        sums, error = {}, problem
+    sums = {name: crc for part in gather(sums) for name, crc in part.items()}
+    if rank == 0 and not error:
+        try:
+            sums[".metadata"] = _checksum(writing / ".metadata")
+            with open(writing / "progress.json", "w") as file:
+                json.dump({"now": now, "checksums": sums}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            final = writing.with_name(f"step-{now['step']:06d}")
+            shutil.rmtree(final, ignore_errors=True)
+            writing.rename(final)                        # only now does it count
+            for old in checkpoints(run)[:-keep]:
+                shutil.rmtree(old)
+        except OSError as problem:
+            error = problem
+    if rank == 0 and error:
+        shutil.rmtree(writing, ignore_errors=True)       # give the space back
+        reason = " ".join(str(error).split())[-300:]
+        tqdm.write(f"no checkpoint at step {now['step']}, the run goes on: {reason}")
+
+
+def load_checkpoint(path, policy, optimizer):
+    """Loads weights and optimizer in place, for any number of ranks; returns the saved `now`."""
+    rank, world, bad = dist.get_rank(), dist.get_world_size(), []
+    try:
+        saved = json.loads((path / "progress.json").read_text())
+        for i, (name, crc) in enumerate(sorted(saved["checksums"].items())):
+            if i % world == rank and _checksum(path / name) != crc:
+                bad.append(name)
+    except (OSError, ValueError) as error:
+        bad.append(str(error))
+    bad = sum(gather(bad), [])
+    if bad:
+        older = [p.name for p in checkpoints(path.parent.parent) if p.name < path.name]
+        raise InputError(f"{path} is damaged ({bad[0]}); " + (
+            f"delete it, and --resume continues from {older[-1]}" if older else "none is older"))
+    state = _state(policy, optimizer)
+    dcp.load(state, checkpoint_id=path)
+    dcp_state.set_state_dict(policy, optimizer, model_state_dict=state["model"],
+                             optim_state_dict=state["optimizer"])
+    return saved["now"]
+
+
+def restore(cfg, run, policy, optimizer, fresh):
+    """Where the run stands: at its newest checkpoint, at --init_from's data position, or fresh."""
+    if cfg.resume and checkpoints(run):
+        return load_checkpoint(checkpoints(run)[-1], policy, optimizer)
+    if cfg.init_from:                                    # continual AntiSD: step and gate are fresh
+        if not checkpoints(cfg.init_from):
+            raise InputError(f"--init_from {cfg.init_from} holds no checkpoint")
+        old = load_checkpoint(checkpoints(cfg.init_from)[-1], policy, optimizer)
+        return fresh | {"position": old["position"]}
+    return fresh
+
+
+def export_model(folder, policy, tokenizer, dtype):
+    """The weights as a Hugging Face folder in the dtype they came in."""
+    options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = dcp_state.get_model_state_dict(policy, options=options)      # on rank 0; else empty
+    if dist.get_rank() == 0:
+        writing = folder.with_name(folder.name + ".writing")
+        shutil.rmtree(writing, ignore_errors=True)
+        state = {name.removeprefix("model."): value.to(dtype) for name, value in state.items()}
+        policy.model.save_pretrained(writing, state_dict=state)
+        tokenizer.save_pretrained(writing)
+        policy.checkpoint_generation_config.to_json_file(writing / "generation_config.json")
+        shutil.rmtree(folder, ignore_errors=True)
+        writing.rename(folder)
+    gather(None)
+
+
+# ------------------------------------------------------------------------------------------------
+# 8. Records (safe to skip)
+# ------------------------------------------------------------------------------------------------
+
+
+def global_mean(values, mask):
+    """Mean of values (N, T) where mask, over ALL ranks; 0 where nothing is."""
+    parts = gather((values[mask].double().sum().item(), int(mask.sum())))
+    total, count = map(sum, zip(*parts))
+    return total / max(1, count)
+
+
+def global_median(values, mask):
+    """Median over ALL ranks' tokens: an average of per-rank medians is not the median."""
+    every = torch.cat(gather(values[mask].cpu())).sort().values      # torch.median: lower middle
+    n = len(every)
+    return ((every[(n - 1) // 2] + every[n // 2]) / 2).item() if n else 0.0
+
+
+def open_run(cfg, rank):
+    """Makes the output folder and writes config.json; refuses to mix two runs in one folder."""
+    output, problem = Path(cfg.output), ""
+    if rank == 0:
+        old = output / "config.json"
+        free = {"steps", "output", "resume", "save_every", "keep", "eval_every", "sample_every",
+                "tracker", "micro_tokens", "rollout_batch", "init_from", "trust_remote_code"}
+        flags = dataclasses.asdict(cfg)
+        if old.exists() and not cfg.resume:
+            problem = f"{output} already holds a run: add --resume, or choose another --output"
+        elif old.exists():
+            before = json.loads(old.read_text())["flags"]
+            changed = [k for k in flags if k not in free and before.get(k) != flags[k]]
+            if changed:
+                problem = f"--resume with other settings than the run's: {', '.join(changed)}"
+        if not problem:
+            here = Path(__file__).parent
+            git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True,
+                                 text=True)
+            output.mkdir(parents=True, exist_ok=True)
+            (output / "config.json").write_text(json.dumps({
+                "flags": flags, "git": git.stdout.strip() or None,
+                "source": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+                "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
+                             "transformers": transformers.__version__},
+                "world_size": dist.get_world_size()}, indent=1) + "\n")
+    problem = gather(problem)[0]
+    if problem:
+        raise InputError(problem)
+    return output
+
+
+class Log:
+    """metrics.jsonl, samples.jsonl, the bar, the tracker; on rank 0 alone."""
+
+    def __init__(self, cfg, run, step, rank):
+        self.cfg, self.run, self.rank = cfg, run, rank
+        self.tracker = None
+        self.bar = tqdm(total=cfg.steps, initial=step, disable=rank != 0, dynamic_ncols=True)
+        if rank == 0:
+            for name in ("metrics.jsonl", "samples.jsonl"):     # drop what a resumed run redoes
+                if (run / name).exists():
+                    rows = [json.loads(line) for line in (run / name).read_text().splitlines()]
+                    (run / name).write_text("")
+                    for row in rows:
+                        if row["step"] < step:
+                            self.append(name, row)
+            if cfg.tracker:
+                self.tracker = importlib.import_module(cfg.tracker)
+                self.tracker.init(project="antisd", name=run.name, config=dataclasses.asdict(cfg))
+
+    def append(self, name, row):
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v
+               for k, v in row.items()}                  # NaN is not JSON
+        with open(self.run / name, "a") as file:         # ASCII: NUL, emoji and surrogates escaped
+            file.write(json.dumps(row) + "\n")
+
+    def step(self, row, batch, tokenizer):
+        if self.rank != 0:
+            return
+        self.append("metrics.jsonl", row)
+        if self.tracker:
+            self.tracker.log(row, step=row["step"])
+        if row["step"] % self.cfg.sample_every == 0:
+            u = batch.t - batch.s
+            for i in (0, len(batch.rollouts) - 1):
+                r, n = batch.rollouts[i], len(batch.rollouts[i].ids)
+                self.append("samples.jsonl", {
+                    "step": row["step"], "problem_id": r.problem["id"],
+                    "problem": r.problem["problem"], "answer": r.problem["answer"],
+                    "response": r.text, "reward": r.reward, "truncated": r.truncated,
+                    "context": batch.sources[i] if batch.sources else None,
+                    "tokens": tokenizer.convert_ids_to_tokens(r.ids), "u": u[i, :n].tolist(),
+                    "teacher_entropy": batch.entropy_t[i, :n].tolist()})
+            r = batch.rollouts[0]
+            text = r.text if len(r.text) < 1200 else r.text[:600] + " [...] " + r.text[-600:]
+            tqdm.write(f"\n[step {row['step']}: reward {r.reward:.0f}, mean u "
+                       f"{u[0, :len(r.ids)].mean():+.3f}, answer {r.problem['answer']}] {text}\n")
+        self.bar.set_postfix_str(
+            f"reward {row['reward']:.3f}, length {row['length']:.0f}, truncated "
+            f"{row['truncated']:.0%}, H_T {row['teacher_entropy'] or 0:.3f}, gate {row['gate']:g}, "
+            f"lambda {row['lam']:g}, {row['tokens_per_s']:.0f} tok/s")
+        self.bar.update()
+
+    def close(self):
+        self.bar.close()
+        if self.tracker:
+            self.tracker.finish()
+
+
+def peak_memory_gib():
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20    # KiB on Linux
+
+
+# ------------------------------------------------------------------------------------------------
+# 9. Training: Algorithm 1
+# ------------------------------------------------------------------------------------------------
+
+
+def prepare(cfg, world):
+    """Everything that can be wrong and costs little to find out, before any weight is loaded.
+
+    Returns tokenizer, training problems, held-out problems (each with its "prompt" ids), and the
+    longest teacher prompt, in tokens.
+    """
+    if cfg.problems_per_step % (world * cfg.updates_per_batch):
+        raise InputError(f"--problems_per_step {cfg.problems_per_step} must be a multiple of ranks "
+                         f"({world}) x --updates_per_batch ({cfg.updates_per_batch})")
+    if cfg.tracker and not importlib.util.find_spec(cfg.tracker):
+        raise InputError(f"--tracker {cfg.tracker}: pip install {cfg.tracker} first")
+    try:
+        options = dict(trust_remote_code=cfg.trust_remote_code)
+        model_config = AutoConfig.from_pretrained(cfg.model, **options)
+        tokenizer = AutoTokenizer.from_pretrained(cfg.model, **options)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"--model {cfg.model}: no such folder or hub model ({reason})") from None
+    if not tokenizer.chat_template:
+        raise InputError(f"--model {cfg.model} has no chat template: it must be a chat model")
+    context = getattr(model_config.get_text_config(), "max_position_embeddings", None) or 10**9
+    longest = context - cfg.max_tokens
+    margin = 64                                          # what the teacher's headings take
+    if longest <= margin:
+        raise InputError(f"--max_tokens {cfg.max_tokens} and a prompt do not fit the model's "
+                         f"context of {context} tokens")
+    checked = []
+    for path, split in (cfg.dataset, cfg.split), (cfg.eval_dataset, "test"):
+        problems, kept = load_problems(path, split, config=cfg.dataset_config) if path else [], []
+        for problem in problems:
+            messages = student_messages(problem["problem"])
+            problem["prompt"] = render(tokenizer, messages, cfg.template_kwargs)
+            if len(problem["prompt"]) <= min(cfg.max_prompt_tokens, longest - margin):
+                kept.append(problem)
+        if path and not kept:
+            raise InputError(f"{path}: every problem is longer than --max_prompt_tokens "
+                             f"{cfg.max_prompt_tokens} or the model's context allows")
+        if len(kept) < len(problems) and dist.get_rank() == 0:
+            print(f"{path}: dropped {len(problems) - len(kept)} of {len(problems)} (too long)")
+        checked.append(kept)
+    return tokenizer, *checked, longest
+
+
+def build(cfg, tokenizer, device):
+    """The sharded policy, its optimizer, and the dtype the checkpoint came in."""
+    model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype="auto",
+                                                 trust_remote_code=cfg.trust_remote_code)
+    with torch.no_grad():
+        probe = torch.tensor([[0, 1]])
+        hidden = model.base_model(input_ids=probe)[0]
+        if not torch.allclose(model.get_output_embeddings()(hidden), model(input_ids=probe).logits):
+            raise InputError(f"--model {cfg.model} changes its logits after lm_head (soft-capping "
+                             "or scaling); Policy.forward would have to do the same")
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    source_dtype = model.dtype
+    compute = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32,
+               "bfloat16": torch.bfloat16, "float32": torch.float32}[cfg.dtype]
+    policy = Policy(model)
+    policy.eos_ids = sorted({*policy.eos_ids, tokenizer.eos_token_id} - {None})
+    if not policy.eos_ids:
+        raise InputError(f"--model {cfg.model} has no end-of-sequence token")
+    shard(policy, compute, device)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.999),
+                                  weight_decay=cfg.weight_decay)
+    return policy, optimizer, source_dtype
+
+
+def roll_out(policy, tokenizer, problems, k, **settings):
+    """k graded responses to each problem, groups consecutive; settings are those of `sample`."""
+    with gathered(policy):
+        responses = sample(policy, [p["prompt"] for p in problems], k, **settings)
+    rollouts = []
+    for i, ids in enumerate(responses):
+        problem, text = problems[i // k], tokenizer.decode(ids, skip_special_tokens=True)
+        reward = float(is_correct(text, problem["answer"]))
+        rollouts.append(Rollout(problem, ids, text, ids[-1] not in policy.eos_ids, reward))
+    return rollouts
+
+
+def evaluate(policy, tokenizer, problems, cfg):
+    """Held-out accuracy (mean over problems, eval_samples each) and its standard error."""
+    rank, world, k = dist.get_rank(), dist.get_world_size(), cfg.eval_samples
+    torch.manual_seed(hash((cfg.seed, rank)) % 2**63)    # the same draws at every evaluation
+    rollouts = roll_out(policy, tokenizer, problems[rank::world], k, max_tokens=cfg.max_tokens,
+                        temperature=cfg.eval_temperature, top_p=cfg.eval_top_p,
+                        rollout_batch=cfg.rollout_batch)
+    mine = [statistics.fmean(r.reward for r in rollouts[i:i + k])
+            for i in range(0, len(rollouts), k)]
+    scores = sum(gather(mine), [])
+    error = statistics.stdev(scores) / len(scores)**0.5 if len(scores) > 1 else 0.0
+    return {"eval_accuracy": statistics.fmean(scores), "eval_error": error,
+            "eval_problems": len(scores)}
+
+
+@contextmanager
+def phase(name, seconds):
+    """Adds the time to seconds[name]; where CUDA runs out of memory it says what to lower."""
+    remedy = {"rollout": "--rollout_batch", "eval": "--rollout_batch", "score": "--micro_tokens",
+              "train": "--micro_tokens (or set --gradient_checkpointing)"}.get(name, "the model")
+    start = time.perf_counter()
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"CUDA out of memory in the {name} phase: lower {remedy}. "
+                         + str(error).splitlines()[0]) from None
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+class Interrupt:
+    """SIGTERM or SIGINT: the phase in hand is finished and the run saved. A later one kills."""
+
+    def __init__(self):
+        self.first = None
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        # Ctrl-C reaches a rank twice, from the terminal and from torchrun: that is one wish
+        if self.first and time.monotonic() - self.first > 2:
+            os._exit(128 + number)
+        self.first = self.first or time.monotonic()
+
+    def asked(self):
+        return any(gather(self.first is not None))       # the same answer on every rank
+
+
+@dataclasses.dataclass
+class Batch:
+    """One step's rows on this rank: N = problems x group_size of them, T the longest response."""
+    rollouts: list
+    sources: list                   # where each row's c came from; empty for grpo
+    mask: torch.Tensor              # (N, T) bool: real response tokens
+    seq_advantages: torch.Tensor    # (N,)
+    t: torch.Tensor                 # (N, T) log pi_T(y_t)
+    entropy_t: torch.Tensor         # (N, T)
+    s: torch.Tensor                 # (N, T) log pi_S(y_t)
+    entropy_s: torch.Tensor         # (N, T)
+
+
+def teacher_prompts(tokenizer, rollouts, cfg, longest, seed):
+    """pi_T's prompt for each rollout, and where its solution came from."""
+    prompts, sources = [], []
+    for first in range(0, len(rollouts), cfg.group_size):
+        group = rollouts[first:first + cfg.group_size]
+        rng = random.Random(hash((cfg.seed, seed + first // cfg.group_size)))
+        for r, (solution, source) in zip(group, pick_solutions(group, rng)):
+            prompts.append(teacher_prompt(tokenizer, r.problem["problem"], solution,
+                                          r.reward == 1.0, cfg.template_kwargs, longest))
+            sources.append(source)
+    return prompts, sources
+
+
+def update(policy, optimizer, batch, lam, cfg, s_is_known):
+    """Line 9: cfg.updates_per_batch clipped policy-gradient updates on whole groups.
+
+    Where s is not known yet it is the training forward's own output, and is stored in the batch.
+    Returns loss, gradient norm (means over the updates) and whether every update was finite; one
+    that is not changes nothing.
+    """
+    rollouts, world = batch.rollouts, dist.get_world_size()
+    weights = batch.mask.float()
+    if cfg.mask_truncated:                               # leaves numerator and denominator alike
+        kept = torch.tensor([not r.truncated for r in rollouts], device=weights.device)
+        weights = weights * kept[:, None]
+    if cfg.loss_agg == "seq":                            # our choice: token; the same for every arm
+        weights = weights / batch.mask.sum(1, keepdim=True)
+    losses, norms = [], []
+    size = len(rollouts) // cfg.updates_per_batch
+    for first in range(0, len(rollouts), size):
+        num_tokens = sum(gather(weights[first:first + size].sum().item())) or 1.0    # of all ranks
+        lengths = [len(r.problem["prompt"]) + len(r.ids) for r in rollouts[first:first + size]]
+        loss_sum = 0.0
+        for micro in micro_batches(lengths, cfg.micro_tokens):
+            rows = [first + i for i in micro]
+            ids, predicts = pack([rollouts[i].problem["prompt"] for i in rows],
+                                 [rollouts[i].ids for i in rows], weights.device)
+            logp, entropy = policy(ids, predicts, cfg.temperature)                   # (n, T')
+            at = (rows, slice(logp.shape[1]))
+            if rows and not s_is_known:
+                batch.s[at], batch.entropy_s[at] = logp.detach(), entropy
+            u = batch.t[at] - batch.s[at]                                            # Eq. (4)
+            advantages = token_advantages(batch.seq_advantages[rows], u, lam, cfg.method,
+                                          cfg.compose)                               # Eq. (2), (6)
+            loss = policy_loss(logp, batch.s[at], advantages, weights[at], num_tokens, cfg.clip)
+            (loss * world).backward()                    # FSDP averages over ranks; this undoes it
+            loss_sum += loss.item()
+        norm = nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm).full_tensor().item()
+        losses.append(sum(gather(loss_sum)))
+        norms.append(norm)
+        if math.isfinite(losses[-1]) and math.isfinite(norm):
+            optimizer.step()
+        optimizer.zero_grad()
+    loss, norm = statistics.mean(losses), statistics.mean(norms)
+    return loss, norm, math.isfinite(loss) and math.isfinite(norm)
+
+
+def summary(batch, cfg):
+    """The step's metrics over all ranks: sums and counts are gathered, then divided once."""
+    facts = [(r.reward, len(r.ids), r.truncated) for r in batch.rollouts]
+    rewards, lengths, truncated = zip(*sum(gather(facts), []))
+    complete = [reward for reward, cut in zip(rewards, truncated) if not cut]
+    groups = [rewards[i:i + cfg.group_size] for i in range(0, len(rewards), cfg.group_size)]
+    mask, u = batch.mask, batch.t - batch.s
+    row = {"reward": statistics.fmean(rewards),
+           "reward_complete": statistics.fmean(complete) if complete else None,
+           "length": statistics.fmean(lengths), "truncated": statistics.fmean(truncated),
+           "zero_std_groups": statistics.fmean(len(set(group)) == 1 for group in groups),
+           "seq_adv_abs": global_mean(batch.seq_advantages.abs()[:, None].expand_as(mask), mask),
+           "u_mean": None, "u_negative": None, "phi_abs": None,
+           "student_entropy": global_mean(batch.entropy_s, mask),
+           "teacher_entropy": None, "teacher_entropy_median": None}
+    if batch.sources:
+        row |= {"u_mean": global_mean(u, mask), "u_negative": global_mean((u < 0).float(), mask),
+                "phi_abs": global_mean(phi(u).abs(), mask),
+                "teacher_entropy": global_mean(batch.entropy_t, mask),
+                "teacher_entropy_median": global_median(batch.entropy_t, mask)}
+    sources = sum(gather(batch.sources), [])
+    return row | {f"context/{name}": sources.count(name) / len(rewards)
+                  for name in ("sibling", "solution", "answer")}
+
+
+def train(cfg):
+    """Runs Algorithm 1 for cfg.steps steps; everything it makes lies in cfg.output."""
+    rank, world, device = setup()
+    say = tqdm.write if rank == 0 else lambda text: None
+    tokenizer, problems, held_out, longest = prepare(cfg, world)
+    run = open_run(cfg, rank)
+    policy, optimizer, source_dtype = build(cfg, tokenizer, device)
+    gate = EntropyGate(cfg.warmup_steps, cfg.tau_down)
+    statistic = {"mean": global_mean, "median": global_median}[cfg.gate_stat]
+    now = {"step": 0, "position": 0, "skipped_updates": 0, "gate": gate.state_dict(), "first": None}
+    now = restore(cfg, run, policy, optimizer, now)
+    gate.load_state_dict(now["gate"])
+    log = Log(cfg, run, now["step"], rank)
+    interrupt, failures, finished = Interrupt(), 0, False
+    share = cfg.problems_per_step // world               # of the step's problems, for this rank
+
+    while not finished and not interrupt.asked():
+        step, seconds, started = now["step"], {}, time.perf_counter()
+        row = {"step": step}
+        finished = step >= cfg.steps
+        if held_out and (step == 0 or finished or cfg.eval_every and step % cfg.eval_every == 0):
+            with phase("eval", seconds):
+                row |= evaluate(policy, tokenizer, held_out, cfg)
+            now["first"] = now["first"] or row
+        if finished:
+            break
+
+        # line 1: y ~ pi_S(.|x) and R(x, y). Seeding right here makes a resumed run draw the same
+        mine = next_problems(problems, now["position"], cfg.problems_per_step, cfg.seed)
+        mine = mine[rank * share:(rank + 1) * share]
+        torch.manual_seed(hash((cfg.seed, step, rank)) % 2**63)
+        with phase("rollout", seconds):
+            rollouts = roll_out(policy, tokenizer, mine, cfg.group_size, max_tokens=cfg.max_tokens,
+                                temperature=cfg.temperature, rollout_batch=cfg.rollout_batch)
+        prompts, responses = [r.problem["prompt"] for r in rollouts], [r.ids for r in rollouts]
+        rewards = torch.tensor([r.reward for r in rollouts], device=device)          # (N,)
+        lengths = torch.tensor([len(ids) for ids in responses], device=device)
+        mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]    # (N, T)
+        zeros = torch.zeros(mask.shape, device=device)
+        batch = Batch(rollouts, [], mask, group_advantages(rewards, cfg.group_size),
+                      zeros, zeros, zeros.clone(), zeros.clone())
+        if interrupt.asked():
+            break
+
+        # lines 3, 6: log pi_T(y_t) and the entropies of pi_T: the same weights, c in the prompt
+        with phase("score", seconds):
+            if cfg.method != "grpo":
+                views, batch.sources = teacher_prompts(tokenizer, rollouts, cfg, longest,
+                                                       now["position"] + rank * share)
+                batch.t, batch.entropy_t = score(policy, views, responses, cfg.micro_tokens,
+                                                 cfg.temperature)
+            if cfg.method == "no_teacher":
+                batch.t = zeros                          # u = -s
+            # line 2 usually waits for the training forward, whose log-probs are s; not here:
+            s_is_known = cfg.updates_per_batch > 1 or cfg.gate_source == "student"
+            if s_is_known:
+                batch.s, batch.entropy_s = score(policy, prompts, responses, cfg.micro_tokens,
+                                                 cfg.temperature)
+        if interrupt.asked():
+            break
+
+        # line 7: one gate for all ranks, on every token of all of them
+        lam = 0.0 if cfg.method == "grpo" else cfg.lam
+        if cfg.method in GATED:
+            entropy = batch.entropy_t if cfg.gate_source == "teacher" else batch.entropy_s
+            lam = cfg.lam * gate.update(statistic(entropy, mask))                    # Eq. (7)
+
+        # lines 2, 4, 5, 8, 9: s, u, phi, A and the update
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup_lr_steps))
+        with phase("train", seconds):
+            loss, norm, finite = update(policy, optimizer, batch, lam, cfg, s_is_known)
+        failures = 0 if finite else failures + 1
+        now |= {"step": step + 1, "position": now["position"] + cfg.problems_per_step,
+                "gate": gate.state_dict(), "skipped_updates": now["skipped_updates"] + (not finite)}
+
+        row |= summary(batch, cfg) | {
+            "gate": gate.g, "h_warm": gate.h_warm, "lam": lam, "loss": loss, "grad_norm": norm,
+            "lr": optimizer.param_groups[0]["lr"], "skipped_updates": now["skipped_updates"]}
+        if failures == 3 or cfg.save_every and now["step"] % cfg.save_every == 0:
+            with phase("save", seconds):
+                save_checkpoint(run, policy, optimizer, now, cfg.keep)
+        row |= {"tokens_per_s": row["length"] * cfg.group_size * cfg.problems_per_step
+                / (time.perf_counter() - started), "peak_memory_gib": peak_memory_gib(),
+                **{f"seconds/{name}": seconds.get(name, 0.0)
+                   for name in ("rollout", "score", "train", "save", "eval")}}
+        log.step(row, batch, tokenizer)
+        if failures == 3:
+            raise InputError(f"three updates in a row were not finite, up to step {step} (problems "
+                             f"{sorted(p['id'] for p in mine)}); the state is saved in {run}")
+
+    log.close()
+    if cfg.save_every and now["step"] % cfg.save_every or not finished:
+        save_checkpoint(run, policy, optimizer, now, cfg.keep)
+    if not finished:
+        say(f"stopped before step {now['step']}; the same command with --resume continues")
+        return
+    export_model(run / "model", policy, tokenizer, source_dtype)
+    say(f"{run / 'model'} holds the trained model")
+    if held_out:
+        if rank == 0:
+            log.append("metrics.jsonl", row)             # the learning curve's last point
+        first = now["first"]
+        say(f"held-out accuracy {first['eval_accuracy']:.3f} +- {first['eval_error']:.3f} before, "
+            f"{row['eval_accuracy']:.3f} +- {row['eval_error']:.3f} after (standard error over "
+            f"{row['eval_problems']} problems)")
+
+
+def main():
+    """The command line: one line and exit code 2 for what the user can mend."""
+    transformers.logging.set_verbosity_error()
+    try:
+        train(parse_config())
+    except InputError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
