@@ -93,8 +93,8 @@ def phi(u):
     return 0.5 * (F.softplus(u) - math.log(2))
 
 
-# The arms: the per-token term delta in A_t = A_seq + lambda * delta(u), u = log pi_T - log pi_S. Add
-# a signal of your own here. With v drawn from pi_S and the teacher held fixed,
+# The arms: the per-token term delta in A_t = A_seq + lambda * delta(u), u = log pi_T - log pi_S.
+# Add a signal of your own here. With v drawn from pi_S and the teacher held fixed,
 #     grad JSD(pi_S || pi_T) = E[-phi(u_v) grad log pi_S(v)]     so delta = -phi ascends the JSD,
 #     grad  KL(pi_S || pi_T) = E[  -u_v    grad log pi_S(v)]     so delta = +u descends the KL.
 METHODS = {
@@ -221,7 +221,8 @@ class Config:
     max_grad_norm: float = flag(1.0, "gradient clipping (not in the paper)")
     clip: float = flag(0.2, "PPO clip; inert while updates_per_batch is 1 (Table 5)")
     steps: int = flag(200, "training steps (Table 5)", least=1)
-    updates_per_batch: int = flag(1, "optimizer updates per rollout batch, on whole groups", least=1)
+    updates_per_batch: int = flag(1, "optimizer updates per rollout batch (Table 5: a clip)",
+                                  least=1)
     loss_agg: str = flag("token", "token: sum over tokens / tokens of the step; seq: mean over "
                          "responses of their means (not in the paper)", choices=["token", "seq"])
     mask_truncated: bool = flag(False, "leave truncated responses out of the loss")
@@ -245,7 +246,7 @@ class Config:
     resume: bool = flag(False, "continue the run in --output from its newest whole checkpoint")
     init_from: str = flag("", "folder of a run whose weights, optimizer and data position to start "
                           "from, with step count and gate fresh (continual AntiSD)")
-    sample_every: int = flag(10, "steps between rollouts shown and written to samples.jsonl", least=1)
+    sample_every: int = flag(10, "steps between rollouts shown and kept in samples.jsonl", least=1)
     tracker: str = flag("", "wandb or trackio, if installed", choices=["", "wandb", "trackio"])
 
     def __post_init__(self):
@@ -376,7 +377,8 @@ def _rows(path, split, config):
             if file.suffix == ".parquet":
                 yield from datasets.load_dataset("parquet", data_files=str(file), split="train")
             else:
-                yield from datasets.load_dataset(path, config or None, split=split or "train")
+                sets = datasets.load_dataset(path, config or None, split=split)
+                yield from sets if split else sets.get("test") or next(iter(sets.values()))
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"cannot load the data set {path}: {reason}") from None
@@ -529,7 +531,12 @@ class Policy(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.model = model.eval()       # no dropout anywhere: student and teacher are one function
+        self.model = model.eval()
+        for module in model.modules():  # student and teacher must be one function: no dropout, also
+            if isinstance(module, nn.Dropout):              # in the train mode of checkpointing
+                module.p = 0.0
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.0
         # the checkpoint's top_k, penalties and so on would change the law we sample from: they are
         # kept for export and cleared for rollouts
         self.checkpoint_generation_config = model.generation_config
@@ -581,7 +588,7 @@ def sample(policy, prompts, group_size, max_tokens, temperature=1.0, top_p=1.0, 
     device = next(policy.parameters()).device
     # every setting is explicit: what is left out falls back to defaults that truncate (top_k=50)
     settings = dict(do_sample=temperature > 0, top_k=0, eos_token_id=policy.eos_ids,
-                    pad_token_id=policy.eos_ids[0], synced_gpus=False)
+                    pad_token_id=policy.eos_ids[0], synced_gpus=False, remove_invalid_values=True)
     if temperature > 0:
         settings |= dict(temperature=temperature, top_p=top_p)
     step = max(1, rollout_batch // group_size) if rollout_batch else len(prompts)
@@ -730,11 +737,10 @@ def checkpoints(run):
 
 
 def save_checkpoint(run, policy, optimizer, now, keep):
-    """Every rank writes its shards into checkpoints/writing; rank 0 renames
-    that to step-N when all is whole, and drops all but the `keep` newest. A disk that is full costs
-    this checkpoint and one printed line; the older ones stay and the run goes on."""
-    rank, writing = dist.get_rank(), run / "checkpoints" / "writing"
-    error = None
+    """Every rank writes its shards into checkpoints/writing; rank 0 renames that to step-N when all
+    is whole, and drops all but the `keep` newest. A full disk costs this checkpoint and one printed
+    line; the older ones stay and the run goes on."""
+    rank, writing, error = dist.get_rank(), run / "checkpoints" / "writing", None
     if rank == 0:
         shutil.rmtree(writing, ignore_errors=True)
     gather(None)                                         # nobody writes before it is gone
@@ -742,8 +748,9 @@ def save_checkpoint(run, policy, optimizer, now, keep):
         dcp.save(_state(policy, optimizer), checkpoint_id=writing)
         sums = {file.name: _checksum(file) for file in writing.glob(f"__{rank}_*")}
     except (OSError, dcp.api.CheckpointException) as problem:
-        sums, error = {}, problem
+        sums, error = {}, " ".join(str(problem).split())[-300:]
     sums = {name: crc for part in gather(sums) for name, crc in part.items()}
+    error = next(filter(None, gather(error)), None)
     if rank == 0 and not error:
         try:
             sums[".metadata"] = _checksum(writing / ".metadata")
@@ -760,8 +767,7 @@ def save_checkpoint(run, policy, optimizer, now, keep):
             error = problem
     if rank == 0 and error:
         shutil.rmtree(writing, ignore_errors=True)       # give the space back
-        reason = " ".join(str(error).split())[-300:]
-        tqdm.write(f"no checkpoint at step {now['step']}, the run goes on: {reason}")
+        tqdm.write(f"no checkpoint at step {now['step']}, the run goes on: {error}")
 
 
 def load_checkpoint(path, policy, optimizer):
@@ -805,8 +811,12 @@ def export_model(folder, policy, tokenizer, dtype):
     if dist.get_rank() == 0:
         writing = folder.with_name(folder.name + ".writing")
         shutil.rmtree(writing, ignore_errors=True)
+        names = {name for name, _ in policy.model.named_parameters()}    # tied weights once
+        names |= {name for name, _ in policy.model.named_buffers()}
         state = {name.removeprefix("model."): value.to(dtype) for name, value in state.items()}
-        policy.model.save_pretrained(writing, state_dict=state)
+        policy.model.save_pretrained(writing, state_dict={k: state[k] for k in names & set(state)})
+        for key in ("is_local", "local_files_only"):     # of this machine, not of the tokenizer
+            tokenizer.init_kwargs.pop(key, None)
         tokenizer.save_pretrained(writing)
         policy.checkpoint_generation_config.to_json_file(writing / "generation_config.json")
         shutil.rmtree(folder, ignore_errors=True)
@@ -875,20 +885,23 @@ class Log:
         if rank == 0:
             for name in ("metrics.jsonl", "samples.jsonl"):     # drop what a resumed run redoes
                 if (run / name).exists():
-                    rows = [json.loads(line) for line in (run / name).read_text().splitlines()]
-                    (run / name).write_text("")
-                    for row in rows:
-                        if row["step"] < step:
-                            self.append(name, row)
+                    lines = (run / name).read_text().splitlines(keepends=True)
+                    (run / "rewriting").write_text("".join(      # a kill may have cut the last line
+                        line for line in lines
+                        if line.endswith("\n") and json.loads(line)["step"] < step))
+                    (run / "rewriting").replace(run / name)
             if cfg.tracker:
                 self.tracker = importlib.import_module(cfg.tracker)
                 self.tracker.init(project="antisd", name=run.name, config=dataclasses.asdict(cfg))
 
     def append(self, name, row):
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v
-               for k, v in row.items()}                  # NaN is not JSON
+        def finite(value):                               # NaN is not JSON
+            if isinstance(value, list):
+                return [finite(v) for v in value]
+            return None if isinstance(value, float) and not math.isfinite(value) else value
+
         with open(self.run / name, "a") as file:         # ASCII: NUL, emoji and surrogates escaped
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({k: finite(v) for k, v in row.items()}) + "\n")
 
     def step(self, row, batch, tokenizer):
         if self.rank != 0:
@@ -961,7 +974,7 @@ def prepare(cfg, world):
         raise InputError(f"--max_tokens {cfg.max_tokens} and a prompt do not fit the model's "
                          f"context of {context} tokens")
     checked = []
-    for path, split in (cfg.dataset, cfg.split), (cfg.eval_dataset, "test"):
+    for path, split in (cfg.dataset, cfg.split), (cfg.eval_dataset, None):
         problems, kept = load_problems(path, split, config=cfg.dataset_config) if path else [], []
         for problem in problems:
             messages = student_messages(problem["problem"])
@@ -1098,6 +1111,7 @@ def update(policy, optimizer, batch, lam, cfg, s_is_known):
     that is not changes nothing.
     """
     rollouts, world = batch.rollouts, dist.get_world_size()
+    policy.train(cfg.gradient_checkpointing)             # Hugging Face ties the one to the other
     weights = batch.mask.float()
     if cfg.mask_truncated:                               # leaves numerator and denominator alike
         kept = torch.tensor([not r.truncated for r in rollouts], device=weights.device)
@@ -1270,6 +1284,8 @@ def train(cfg):
 def main():
     """The command line: one line and exit code 2 for what the user can mend."""
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     try:
         train(parse_config())
     except InputError as error:
