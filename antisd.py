@@ -591,7 +591,7 @@ def sample(policy, prompts, group_size, max_tokens, temperature=1.0, top_p=1.0, 
                     pad_token_id=policy.eos_ids[0], synced_gpus=False, remove_invalid_values=True)
     if temperature > 0:
         settings |= dict(temperature=temperature, top_p=top_p)
-    step = max(1, rollout_batch // group_size) if rollout_batch else len(prompts)
+    step = max(1, rollout_batch // group_size if rollout_batch else len(prompts))
     ends, responses = torch.tensor(policy.eos_ids, device=device), []
     for first in range(0, len(prompts), step):
         part = prompts[first:first + step]

@@ -1,0 +1,1404 @@
+"""What antisd.py must prove: `python -m pytest -q`, about two minutes, no network, no GPU needed.
+
+Models here are real Hugging Face models, only tiny and random, with a word-level tokenizer that is
+built below. Wherever possible a test compares with an independent implementation (autograd over an
+enumerated vocabulary, whole logits, one row at a time, one process) instead of stored numbers.
+Two ranks are two real processes: this file starts itself under torchrun, see "Two ranks".
+"""
+import ast
+import dataclasses
+import itertools
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")             # nothing here may reach the network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import datasets
+import pytest
+import torch
+import torch.distributed as dist
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.distributed.checkpoint import state_dict as dcp_state
+from transformers import (AutoConfig, AutoModelForCausalLM, GenerationConfig,
+                          PreTrainedTokenizerFast)
+
+import antisd
+
+HERE = Path(__file__).resolve().parent
+SOURCE = (HERE / "antisd.py").read_text()
+CPU = torch.device("cpu")
+
+
+# ------------------------------------------------------------------------------------------------
+# Tiny models, a tokenizer, a data set
+# ------------------------------------------------------------------------------------------------
+
+# Words that are one id but read as two: text that holds them does not encode back to the same ids.
+# Many of them carry a box, so that a random model earns a reward now and then.
+PHRASES = [f"{word} \\boxed{{{n}}}" for word in ("so", "thus", "hence", "then") for n in (0, 1)]
+TEMPLATE = ("{% for m in messages %}<user> {{ m['content'] }} <end> {% endfor %}"
+            "{% if add_generation_prompt %}<assistant> {% if think %}<think> {% endif %}{% endif %}")
+
+
+def make_tokenizer():
+    """Word level; the pad token is the end token, which also stands inside every prompt."""
+    text = antisd.teacher_messages("a b c", "x y", True)[0]["content"] + " incorrect."
+    words = ["a", "<unk>", "<end>", "<user>", "<assistant>", "<think>", "</think>", "\\boxed{0}",
+             "\\boxed{1}", "The answer is", *PHRASES, *text.split(), *(f"n{i}" for i in range(40))]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<end>",
+                                        pad_token="<end>")
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+TOKENIZER = make_tokenizer()
+V, END = len(TOKENIZER), TOKENIZER.eos_token_id
+ARCHITECTURES = {
+    "qwen3": dict(head_dim=16, tie_word_embeddings=True),
+    "qwen3_moe": dict(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+                      decoder_sparse_step=1, mlp_only_layers=[]),
+    "olmo3": dict(num_hidden_layers=4, sliding_window=8),
+    "llama": {},
+    "gpt2": dict(n_embd=32, n_layer=2, n_head=2, n_positions=512),
+}
+
+
+def tiny(kind="qwen3", seed=0, **settings):
+    """A random model whose logits spread by a nat or two, so that its choices are not arbitrary."""
+    common = dict(vocab_size=V, eos_token_id=END, bos_token_id=None, pad_token_id=END,
+                  initializer_range=0.25)
+    if kind != "gpt2":
+        common |= dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                       num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512)
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **common | ARCHITECTURES[kind] | settings))
+
+
+def save(model, folder):
+    model.save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return str(folder)
+
+
+def write(path, rows):
+    """Rows as .jsonl, .json or .parquet, by the path's suffix."""
+    if path.suffix == ".parquet":
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def read(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_process():
+    torch.set_num_threads(1)
+    antisd.setup()
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """train() installs handlers of its own."""
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+    """A folder with a saved model per architecture and train.jsonl, shared by all tests."""
+    folder = tmp_path_factory.mktemp("root")
+    for kind in ARCHITECTURES:
+        save(tiny(kind), folder / kind)
+    write(folder / "train.jsonl", [
+        {"problem": f"a n{i} b" + " c" * (i % 4), "answer": str(i % 2),
+         "solution": f"n{i} then \\boxed{{{i % 2}}}" if i % 3 else None} for i in range(7)])
+    return folder
+
+
+def config(root, **flags):
+    """Small enough for a test; everything else is the default."""
+    small = dict(model=str(root / "qwen3"), dataset=str(root / "train.jsonl"), max_tokens=12,
+                 problems_per_step=4, group_size=2, steps=1, lr=1e-3, save_every=0)
+    return antisd.Config(**small | flags)
+
+
+def run(root, output, **flags):
+    """Trains in this process; returns the metrics."""
+    antisd.train(config(root, output=str(output), **flags))
+    return read(Path(output) / "metrics.jsonl")
+
+
+def weights(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def brute_force(model, prompt, response, temperature=1.0):
+    """log pi and entropy of a response's tokens: one row, no padding, whole logits, float64."""
+    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1].double()
+    logps = (logits / temperature).log_softmax(-1)
+    return logps[range(len(response)), response], -(logps.exp() * logps).sum(-1)
+
+
+def words(ids):
+    return TOKENIZER.decode(ids)
+
+
+# ------------------------------------------------------------------------------------------------
+# The method: phi, the arms, advantages
+# ------------------------------------------------------------------------------------------------
+
+LOG2 = math.log(2)
+
+
+def enumerated(seed=0, size=7):
+    """A student's logits with gradient, log pi_S, log pi_T and u over a whole vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+    z, w = torch.randn(2, size, generator=generator, dtype=torch.float64) * 2
+    z.requires_grad_()
+    logp, teacher = z.log_softmax(-1), w.log_softmax(-1)
+    return z, logp, teacher, (teacher - logp).detach()
+
+
+def kl(p, q):
+    return (p.exp() * (p - q)).sum()
+
+
+def jsd(p, q):
+    middle = ((p.exp() + q.exp()) / 2).log()
+    return (kl(p, middle) + kl(q, middle)) / 2
+
+
+def ascent(z, logp, u, method):
+    """E_{v ~ pi_S}[A_v grad log pi_S(v)] through the trainer's own loss, A_seq = 0, lambda = 1."""
+    advantages = antisd.token_advantages(torch.zeros(1), u[None], 1.0, method)
+    probability = logp.detach().exp()                    # the mask may hold weights
+    loss = antisd.policy_loss(logp[None], logp[None], advantages, probability[None], 1)
+    return -torch.autograd.grad(loss, z, retain_graph=True)[0]
+
+
+@pytest.mark.parametrize("method, divergence, sign", [
+    ("antisd", jsd, +1), ("sd_jsd", jsd, -1), ("antisd_kl", kl, +1), ("sd", kl, -1)])
+def test_policy_gradient_is_the_exact_gradient_of_the_divergence(method, divergence, sign):
+    for seed in range(5):
+        z, logp, teacher, u = enumerated(seed)
+        exact = torch.autograd.grad(divergence(logp, teacher), z, retain_graph=True)[0]
+        torch.testing.assert_close(ascent(z, logp, u, method), sign * exact, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("method, divergence, sign", [("antisd", jsd, +1), ("sd", kl, -1)])
+def test_a_small_antisd_step_raises_jsd_and_an_sd_step_lowers_kl(method, divergence, sign):
+    for seed in range(5):
+        z, logp, teacher, u = enumerated(seed)
+        moved = (z + 1e-3 * ascent(z, logp, u, method)).detach().log_softmax(-1)
+        assert sign * (divergence(moved, teacher) - divergence(logp.detach(), teacher)) > 0
+
+
+def test_phi_table_slope_and_bound():
+    u = torch.tensor([-20.0, -5, -1, 0, 1, 5, 20], dtype=torch.float64)
+    table = torch.tensor([-0.3466, -0.3432, -0.1899, 0, 0.3101, 2.157, 9.653], dtype=torch.float64)
+    torch.testing.assert_close(antisd.phi(u), table, rtol=0, atol=5e-4)
+    zero = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    assert antisd.phi(zero).item() == 0
+    assert torch.autograd.grad(antisd.phi(zero).sum(), zero)[0].item() == pytest.approx(0.25)
+    line = antisd.phi(torch.linspace(-30, 30, 601, dtype=torch.float64))
+    assert (line.diff() > 0).all() and line.min() >= -LOG2 / 2
+
+
+def test_phi_does_not_overflow():
+    for dtype in (torch.float32, torch.bfloat16):
+        values = antisd.phi(torch.tensor([-1e4, -100, 100, 1e4], dtype=dtype)).float()
+        expected = torch.tensor([-LOG2 / 2, -LOG2 / 2, 50 - LOG2 / 2, 5000 - LOG2 / 2])
+        torch.testing.assert_close(values, expected, rtol=8e-3, atol=1e-3)
+
+
+def test_group_advantages_by_hand():
+    """Consecutive groups, unbiased std: a lone success of four has (1 - 1/4) / (1/2) = 1.5."""
+    rewards = torch.tensor([1.0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0])
+    r = math.sqrt(3) / 2
+    expected = torch.tensor([1.5, -.5, -.5, -.5, -1.5, .5, .5, .5, r, r, -r, -r])
+    torch.testing.assert_close(antisd.group_advantages(rewards, 4), expected, rtol=1e-5, atol=0)
+
+
+def test_an_equal_group_has_exactly_zero_advantage_and_keeps_the_antisd_term():
+    rewards = torch.tensor([0.1] * 3 + [0.7] * 3 + [1.0] * 3 + [0.0] * 3)   # 0.1's mean is inexact
+    a_seq = antisd.group_advantages(rewards, 3)
+    assert a_seq.tolist() == [0.0] * 12
+    u = torch.randn(12, 5)
+    assert torch.equal(antisd.token_advantages(a_seq, u, 0.5), -0.5 * antisd.phi(u))
+
+
+@pytest.mark.parametrize("method, delta", [
+    ("grpo", lambda u: 0.0),
+    ("sd", lambda u: u),
+    ("sd_jsd", lambda u: (math.log(1 + math.exp(u)) - LOG2) / 2),
+    ("antisd", lambda u: -(math.log(1 + math.exp(u)) - LOG2) / 2),
+    ("antisd_kl", lambda u: -u),
+    ("no_teacher", lambda u: -(math.log(1 + math.exp(u)) - LOG2) / 2)])
+def test_every_arm_by_hand(method, delta):
+    u, a_seq = torch.tensor([[-2.0, 0, 3], [1, -1, 4]]), torch.tensor([2.0, -1.5])
+    for compose, mix in ("add", lambda a, d: a + 0.3 * d), ("mul", lambda a, d: a * (1 + 0.3 * d)):
+        expected = [[mix(a, delta(x)) for x in row] for a, row in zip(a_seq.tolist(), u.tolist())]
+        found = antisd.token_advantages(a_seq, u, 0.3, method, compose)
+        torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_the_arms_are_these_six_and_the_gate_is_antisds_alone():
+    assert list(antisd.METHODS) == ["grpo", "sd", "sd_jsd", "antisd", "antisd_kl", "no_teacher"]
+    assert set(antisd.GATED) == {"antisd", "antisd_kl", "no_teacher"}
+
+
+def test_advantages_carry_no_gradient_and_inputs_stay_untouched():
+    u, a_seq = torch.randn(2, 3, requires_grad=True), torch.randn(2, requires_grad=True)
+    before = u.detach().clone()
+    for method, compose in itertools.product(antisd.METHODS, ("add", "mul")):
+        assert not antisd.token_advantages(a_seq, u, 0.5, method, compose).requires_grad
+    assert torch.equal(u, before)
+
+
+# ------------------------------------------------------------------------------------------------
+# The entropy gate
+# ------------------------------------------------------------------------------------------------
+
+# H, the g that comes back. W = 3, tau_down = 0.5, H_warm = median(4, 1, 2) = 2; shut below 1.
+SCRIPT = [(4.0, 0), (1.0, 0), (2.0, 0),                  # warm-up, whatever H is
+          (1.9, 1), (1.0, 1), (0.999, 0),                # starts open; equality does not shut
+          (1.0, 0), (1.999, 0), (2.0, 1),                # stays shut in between; equality reopens
+          (1.2, 1), (0.0, 0), (5.0, 1)]
+
+
+def test_gate_follows_the_script_with_equality_at_both_thresholds():
+    gate = antisd.EntropyGate(warmup_steps=3, tau_down=0.5)
+    assert [gate.update(h) for h, _ in SCRIPT] == [g for _, g in SCRIPT]
+    assert gate.h_warm == 2.0
+
+
+def test_gate_state_survives_json_at_any_step():
+    for cut in range(len(SCRIPT)):
+        first, second = antisd.EntropyGate(3, 0.5), antisd.EntropyGate(3, 0.5)
+        for h, _ in SCRIPT[:cut]:
+            first.update(h)
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        assert second.h_warm == first.h_warm
+        assert [second.update(h) for h, _ in SCRIPT[cut:]] == [g for _, g in SCRIPT[cut:]]
+
+
+def test_h_warm_is_the_median_of_the_steps_and_exists_after_the_last_of_them():
+    gate = antisd.EntropyGate()
+    for h in (9.0, 1.0, 2.0, 8.0):
+        assert gate.update(h) == 0 and gate.h_warm is None
+    assert gate.update(3.0) == 0 and gate.h_warm == 3.0
+    assert gate.update(0.93 * 3.0) == 1 and gate.update(2.78) == 0    # the default ratio
+    even = antisd.EntropyGate(2)
+    even.update(1.0), even.update(4.0)
+    assert even.h_warm == 2.5
+
+
+def test_tau_down_zero_never_shuts():
+    gate = antisd.EntropyGate(1, 0)
+    assert [gate.update(h) for h in (1.0, 0.0, 1e-9, 0.0)] == [0, 1, 1, 1]
+
+
+# ------------------------------------------------------------------------------------------------
+# The loss
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("advantage, ratio, counts", [
+    (+2.0, 1.3, 1.2), (+2.0, 0.5, None), (-2.0, 0.5, 0.8), (-2.0, 1.3, None), (+2.0, 1.1, None)])
+def test_clip_binds_on_the_side_that_would_overshoot(advantage, ratio, counts):
+    """`counts` is the clipped ratio that stays in the loss, without gradient; None: not clipped."""
+    logp = torch.tensor([[math.log(ratio) - 1]], requires_grad=True)
+    loss = antisd.policy_loss(logp, torch.tensor([[-1.0]]), torch.tensor([[advantage]]),
+                              torch.ones(1, 1), 4)
+    loss.backward()
+    assert loss.item() == pytest.approx(-advantage * (counts or ratio) / 4)
+    assert logp.grad.item() == pytest.approx(0 if counts else -advantage * ratio / 4)
+
+
+def test_loss_masks_weighs_and_divides_by_the_count_it_is_given():
+    logp = torch.zeros(2, 3, requires_grad=True)
+    mask = torch.tensor([[1.0, 1, 0], [0.5, 0, 0]])
+    advantages = torch.tensor([[1.0, 2, 99], [4, 99, 99]])
+    loss = antisd.policy_loss(logp, logp, advantages, mask, 10)
+    loss.backward()
+    assert loss.item() == pytest.approx(-(1 + 2 + 2) / 10)
+    torch.testing.assert_close(logp.grad, -advantages * mask / 10)    # ratio 1: REINFORCE
+
+
+# ------------------------------------------------------------------------------------------------
+# Log-probabilities and entropies
+# ------------------------------------------------------------------------------------------------
+
+
+def head_and_hidden(rows=11, dim=6, size=9):
+    torch.manual_seed(0)
+    head = torch.nn.Linear(dim, size, bias=False)
+    return head, torch.randn(rows, dim, requires_grad=True), torch.randint(size, (rows,))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5, 10, 11, 12, 1024])
+def test_log_probs_entropies_and_gradients_equal_brute_force_for_any_chunk(chunk):
+    head, hidden, targets = head_and_hidden()
+    weight = torch.randn(len(targets))
+    found = []
+    for way in "chunked", "whole":
+        if way == "chunked":
+            logp, entropy = antisd.token_logprobs(hidden, head, targets, 0.7, chunk)
+        else:
+            logps = (head(hidden) / 0.7).log_softmax(-1)
+            logp, entropy = logps[range(11), targets], -(logps.exp() * logps).sum(-1)
+        gradients = torch.autograd.grad((logp * weight).sum(), [hidden, head.weight])
+        found.append([logp, entropy.detach(), *gradients])
+    for mine, theirs in zip(*found):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_no_gradient_flows_through_the_entropy():
+    head, hidden, targets = head_and_hidden()
+    logp, entropy = antisd.token_logprobs(hidden, head, targets)
+    assert logp.requires_grad and not entropy.requires_grad
+
+
+def test_entropy_of_certain_and_of_uniform_distributions():
+    head = torch.nn.Linear(1, 8, bias=False)
+    torch.nn.init.zeros_(head.weight)
+    logp, entropy = antisd.token_logprobs(torch.ones(1, 1), head, torch.tensor([3]))
+    assert entropy.item() == pytest.approx(math.log(8)) == -logp.item()
+    head.weight.data[3] = 1e4                            # 0 log 0 is 0, not NaN
+    logp, entropy = antisd.token_logprobs(torch.ones(1, 1), head, torch.tensor([3]))
+    assert entropy.item() == 0 and logp.item() == 0
+
+
+def test_log_softmax_runs_in_float32_on_bfloat16_logits():
+    head, hidden, targets = head_and_hidden(64, 16, 500)
+    head, hidden = head.bfloat16(), hidden.bfloat16()
+    logp, _ = antisd.token_logprobs(hidden, head, targets)
+    exact = head(hidden).double().log_softmax(-1)[range(64), targets]
+    assert logp.dtype == torch.float32
+    torch.testing.assert_close(logp, exact.float(), rtol=0, atol=1e-5)
+
+
+def test_no_more_than_one_chunk_of_logits_is_ever_held():
+    """Not in the forward, not for the backward: the largest tensor saved is the input itself."""
+    head, hidden, targets = head_and_hidden(40, 6, 100)
+    calls, saved = [], []
+    head.register_forward_hook(lambda module, args, out: calls.append(len(out)))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x,
+                                                  lambda x: x):
+        logp, _ = antisd.token_logprobs(hidden, head, targets, chunk=8)
+    assert calls == [8] * 5
+    assert max(saved, default=0) < 8 * 100
+    logp.sum().backward()
+    assert calls == [8] * 10                             # recomputed, again chunk by chunk
+
+
+def test_pack_marks_exactly_the_response_tokens():
+    ids, predicts = antisd.pack([[5, 6, 7], [8]], [[1, 2], [3, 4, END]], CPU)
+    assert ids.tolist() == [[5, 6, 7, 1, 2], [8, 3, 4, END, 0]]
+    assert [ids[i, 1:][predicts[i]].tolist() for i in (0, 1)] == [[1, 2], [3, 4, END]]
+    ids, predicts = antisd.pack([], [], CPU)             # an idle rank still runs a forward
+    assert len(ids) == 1 and not predicts.any()
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_scores_do_not_depend_on_padding_or_micro_batches(kind):
+    """Rows of unequal length, with the pad = end token and id 0 inside prompts and responses."""
+    model = tiny(kind)
+    policy = antisd.Policy(model)
+    prompts = [[END, 0, 5], [7] * 20, [0, END], [9, 8, 7, 6]]
+    responses = [[4, END, 0, 11, END], [3], [END], list(range(20, 44))]
+    for budget in (1, 40, 10**6):
+        logp, entropy = antisd.score(policy, prompts, responses, budget, 0.7)
+        assert logp.shape == (4, 24)
+        for i, (prompt, response) in enumerate(zip(prompts, responses)):
+            n = len(response)
+            exact = brute_force(model, prompt, response, 0.7)
+            torch.testing.assert_close(logp[i, :n].double(), exact[0], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(entropy[i, :n].double(), exact[1], rtol=1e-4, atol=1e-4)
+            assert not logp[i, n:].any() and not entropy[i, n:].any()
+
+
+def test_micro_batches_hold_every_row_once_within_the_budget():
+    lengths = [5, 30, 7, 7, 90, 1, 12, 30]
+    batches = antisd.micro_batches(lengths, 60)
+    assert sorted(sum(batches, [])) == list(range(8))
+    assert [4] in batches                                # beyond the budget: alone
+    assert all(len(b) * max(lengths[i] for i in b) <= 60 for b in batches if b != [4])
+    assert len(batches) <= 4                             # 90 | 30 30 | 12 7 7 5 1: not row by row
+
+
+# ------------------------------------------------------------------------------------------------
+# Rollouts
+# ------------------------------------------------------------------------------------------------
+
+PROMPTS = [[3, 5, 8], [3, 9, 12, 14, 6, 7, 30, 31, 8, 40, 41], [0, END, 21, 22, 8], [17, 8]]
+
+
+def argmax_decode(model, prompt, count):
+    """One full forward a token, no cache, no padding."""
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt):]
+
+
+def cut(ids, ends):
+    """Up to and including the first end."""
+    return next((ids[:i + 1] for i, token in enumerate(ids) if token in ends), ids)
+
+
+def spread_ends(references, stride):
+    """Two end ids with which one row stops before the stride, one after it, and one never."""
+    for ends in itertools.combinations(sorted(set(sum(references, []))), 2):
+        lengths = [len(cut(row, ends)) for row in references]
+        stopped = [n for n, row in zip(lengths, references) if set(row[:n]) & set(ends)]
+        both = all(any(row[n - 1] == end for n, row in zip(lengths, references)) for end in ends)
+        if both and len(stopped) < 4 and min(stopped) < stride < max(stopped):
+            return list(ends), lengths
+    raise AssertionError("no such ids: choose another seed")
+
+
+@pytest.mark.parametrize("kind, seed", [("qwen3", 0), ("gpt2", 0), ("olmo3", 0)])
+def test_greedy_rollouts_equal_a_step_by_step_argmax(kind, seed):
+    """Gradient checkpointing on, in train mode, left padding, learned positions (GPT-2), a sliding
+    window (Olmo-3), two end ids, rows that stop before and after the cache is cut, or never."""
+    model = tiny(kind, seed)
+    model.eval()
+    references = [argmax_decode(model, prompt, 20) for prompt in PROMPTS]
+    ends, lengths = spread_ends(references, stride=6)
+    model.generation_config.eos_token_id = ends
+    policy = antisd.Policy(model)
+    assert policy.eos_ids == ends
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    expected = [cut(row, ends) for row in references for _ in range(2)]
+    for rollout_batch in (0, 2, 5):
+        policy.train()
+        found = antisd.sample(policy, PROMPTS, 2, 20, 0, rollout_batch=rollout_batch, stride=6)
+        assert found == expected
+    n = min(lengths)                                     # an end token may be the last one allowed
+    assert antisd.sample(policy, PROMPTS, 2, n, 0, stride=6) == [row[:n] for row in expected]
+
+
+def hostile(model):
+    """A checkpoint whose own sampling defaults would distort the law that is scored."""
+    model.generation_config = GenerationConfig(
+        do_sample=True, top_k=2, top_p=0.3, min_p=0.2, typical_p=0.5, temperature=0.1,
+        repetition_penalty=5.0, no_repeat_ngram_size=1, suppress_tokens=[5], eos_token_id=END,
+        max_length=3)
+    return model
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_rollouts_sample_the_whole_softmax_under_a_hostile_generation_config(temperature):
+    model = hostile(tiny())
+    policy = antisd.Policy(model)
+    prompt, n = PROMPTS[1], 20_000
+    torch.manual_seed(0)
+    first = torch.tensor([ids[0] for ids in antisd.sample(policy, [prompt], n, 1, temperature)])
+    logits = model(torch.tensor([prompt])).logits[0, -1].detach() / temperature
+    p = logits.softmax(-1)
+    frequency = torch.bincount(first, minlength=V) / n
+    error = (p * (1 - p) / n).sqrt()
+    assert ((frequency - p).abs() <= 5 * error + 1 / n).all()
+    assert (frequency[p > 10 / n] > 0).all() and (p > 10 / n).sum() > 30
+
+
+def test_top_p_truncates_only_where_it_is_asked_for():
+    policy = antisd.Policy(tiny())
+    p = policy.model(torch.tensor([PROMPTS[0]])).logits[0, -1].softmax(-1)
+    torch.manual_seed(0)
+    drawn = {ids[0] for ids in antisd.sample(policy, [PROMPTS[0]], 500, 1, top_p=0.2)}
+    ranked = p.argsort(descending=True)
+    nucleus = ranked[:int((p[ranked].cumsum(0) < 0.2).sum()) + 1]
+    assert drawn == set(nucleus.tolist())
+
+
+def test_groups_are_consecutive_and_their_members_differ():
+    policy = antisd.Policy(tiny())
+    torch.manual_seed(1)
+    a, b = [3, 5, 8], [3, 9, 12, 14]
+    rows = antisd.sample(policy, [a, b], 300, 1)
+    first = torch.bincount(torch.tensor([r[0] for r in rows[:300]]), minlength=V) / 300
+    second = torch.bincount(torch.tensor([r[0] for r in rows[300:]]), minlength=V) / 300
+    law = [policy.model(torch.tensor([x])).logits[0, -1].softmax(-1) for x in (a, b)]
+    far = (law[0] - law[1]).abs().sum()
+    assert (first - law[0]).abs().sum() < far / 2 and (second - law[1]).abs().sum() < far / 2
+    assert len({r[0] for r in rows[:300]}) > 10
+
+
+def test_no_prompts_give_no_responses():
+    """A rank may get no held-out problem at all."""
+    assert antisd.sample(antisd.Policy(tiny()), [], 2, 4) == []
+
+
+def test_roll_out_grades_marks_truncation_and_keeps_the_end_token(root):
+    policy, _, _ = antisd.build(config(root), TOKENIZER, CPU)
+    policy.eos_ids = sorted({*policy.eos_ids, *range(30, 60)})    # so that some rows end at once
+    problems = [{"problem": "p", "answer": str(n), "prompt": PROMPTS[n]} for n in (0, 1)]
+    torch.manual_seed(0)
+    rollouts = antisd.roll_out(policy, TOKENIZER, problems, 40, max_tokens=3)
+    assert [r.problem["answer"] for r in rollouts] == ["0"] * 40 + ["1"] * 40
+    for r in rollouts:
+        ended = [token in policy.eos_ids for token in r.ids]
+        assert not any(ended[:-1]) and r.truncated == (not ended[-1])
+        assert ended[-1] or len(r.ids) == 3
+        assert r.text == TOKENIZER.decode(r.ids, skip_special_tokens=True)
+        boxes = re.findall(r"\\boxed{(.)}", r.text)
+        assert r.reward == float(boxes[-1:] == [r.problem["answer"]])
+    kinds = {(r.truncated, len(r.ids) == 3) for r in rollouts}
+    assert kinds == {(True, True), (False, True), (False, False)}
+    assert {r.reward for r in rollouts} == {0.0, 1.0}
+
+
+def test_both_the_models_and_the_tokenizers_end_tokens_end_a_response(root, tmp_path):
+    model = tiny()
+    model.generation_config.eos_token_id = [7, 4]
+    policy, _, _ = antisd.build(config(root, model=save(model, tmp_path)), TOKENIZER, CPU)
+    assert policy.eos_ids == sorted([7, 4, END])
+
+
+# ------------------------------------------------------------------------------------------------
+# Data
+# ------------------------------------------------------------------------------------------------
+
+WRAPPED = ("Solve the following math problem step by step. The last line of your response should "
+           "be of the form Answer: $Answer (without quotes) where $Answer is the answer to the "
+           "problem.\n\nWhat is\n\n$x$?\n\nRemember to put your answer on its own line after "
+           '"Answer:".')
+SCHEMAS = {   # rows -> (problem, answer, solution)
+    "plain": ([{"problem": " p ", "answer": " 3 ", "solution": "s"}], [("p", "3", "s")]),
+    "no solution": ([{"problem": "p", "answer": 0}], [("p", "0", None)]),
+    "final_answer": ([{"question": "p", "final_answer": "3", "solution": ""}],
+                     [("p", "3", None)]),
+    "aime24": ([{"id": 60, "problem": "p", "solution": "s", "answer": "033", "url": "u",
+                 "year": "2024"}], [("p", "033", "s")]),
+    "aime25": ([{"problem": "p", "answer": "70", "id": "0"}], [("p", "70", None)]),
+    "hmmt": ([{"problem_idx": 1, "problem": "p", "answer": "\\frac{1}{2}, -3",
+               "problem_type": ["Algebra"]}], [("p", "\\frac{1}{2}, -3", None)]),
+    "minerva": ([{"question": "p", "answer": "4.5e33"}], [("p", "4.5e33", None)]),
+    "math500": ([{"problem": "p", "solution": "so $\\boxed{3}$", "answer": "3", "subject": "x",
+                  "level": 2, "unique_id": "test/x/1.json"}], [("p", "3", "so $\\boxed{3}$")]),
+    "gsm8k": ([{"question": "q", "answer": "He has 3*4=<<3*4=12>>12\nso 1,200.\n#### 1,200"}],
+              [("q", "1200", "He has 3*4=12\nso 1,200.\nThe answer is \\boxed{1,200}.")]),
+    "dapo processed": ([{"prompt": "p", "solution": "34", "data_source": "math_dapo",
+                         "reward_model": {"ground_truth": "34", "style": "rule"},
+                         "extra_info": {"index": "a"}}], [("p", "34", None)]),
+    "raw dapo": ([{"data_source": "math_dapo", "prompt": [{"content": WRAPPED, "role": "user"}],
+                   "ability": "MATH", "extra_info": {"index": str(i)},
+                   "reward_model": {"ground_truth": "34", "style": "rule"}} for i in range(3)],
+                 [("What is\n\n$x$?", "34", None)]),
+    "chat": ([{"prompt": [{"role": "system", "content": "be good"},
+                          {"role": "user", "content": "p"}], "Answer": "3"}], [("p", "3", None)]),
+    "merged": ([{"problem": p, "answer": a} for p, a in ["p1", "q2", "p3", "r4"]],
+               [("p", "1", None), ("q", "2", None), ("r", "4", None)]),
+}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_every_schema_loads_from_every_format(schema, suffix, tmp_path):
+    rows, expected = SCHEMAS[schema]
+    problems = antisd.load_problems(write(tmp_path / f"data{suffix}", rows))
+    assert [(p["problem"], p["answer"], p["solution"]) for p in problems] == expected
+    assert len({p["id"] for p in problems}) == len(problems)
+
+
+def test_hub_style_data_sets_take_split_and_config(tmp_path):
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: en\n  data_files:\n  - {split: train, path: a.jsonl}\n"
+        "  - {split: test, path: b.jsonl}\n- config_name: cn\n  data_files: c.jsonl\n---\n")
+    for name in "abc":
+        write(tmp_path / f"{name}.jsonl", [{"problem": name, "answer": "1"}])
+    for split, name, found in ("train", "en", "a"), ("test", "en", "b"), ("train", "cn", "c"):
+        problems = antisd.load_problems(str(tmp_path), split, config=name)
+        assert [p["problem"] for p in problems] == [found]
+
+
+def test_limit_counts_distinct_problems(tmp_path):
+    rows = [{"problem": p, "answer": "1"} for p in "aabbcc"]
+    path = write(tmp_path / "d.jsonl", rows)
+    assert [p["problem"] for p in antisd.load_problems(path, limit=2)] == ["a", "b"]
+
+
+def test_next_problems_cover_every_problem_once_an_epoch_in_a_reproducible_order():
+    problems = list(range(10))
+    stream = [p for position in range(0, 40, 4)
+              for p in antisd.next_problems(problems, position, 4, seed=3)]
+    epochs = [stream[i:i + 10] for i in range(0, 40, 10)]
+    assert all(sorted(epoch) == problems for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 4             # shuffled anew each time
+    assert antisd.next_problems(problems, 8, 12, seed=3) == stream[8:20]    # whatever the count
+    assert antisd.next_problems(problems, 0, 10, seed=4) != epochs[0]
+
+
+# ------------------------------------------------------------------------------------------------
+# What the student and the teacher read
+# ------------------------------------------------------------------------------------------------
+
+NASTY = "{prompt} {0} {{}} \\boxed{1} \\\\ \\1 \\g<0> %s %(x)s $1 \x00 {% if %} {{ x }} \U0001f600"
+
+
+def test_both_prompts_word_for_word():
+    student = ("Solve the following math problem. Place the final answer in \\boxed{}.\n\n"
+               "What is 1 + 1?")
+    assert antisd.student_messages("What is 1 + 1?") == [{"role": "user", "content": student}]
+    for correct, verdict in (False, "incorrect"), (True, "correct"):
+        assert antisd.teacher_messages("What is 1 + 1?", "It is \\boxed{2}.", correct) == [
+            {"role": "user", "content": student + "\n\nYour previous attempt:\nIt is \\boxed{2}.\n\n"
+             f"Previous assessment: Your answer is {verdict}.\n\nNow solve this problem step by "
+             "step."}]
+
+
+def test_empty_c_is_the_students_prompt():
+    for correct in (True, False):
+        assert antisd.teacher_messages("p", "", correct) == antisd.student_messages("p")
+
+
+def test_braces_backslashes_and_percent_signs_survive_the_template():
+    content = antisd.teacher_messages(NASTY, "<" + NASTY + ">", False)[0]["content"]
+    assert content.count(NASTY) == 2 and "<" + NASTY + ">" in content
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(NASTY)                          # one token, if it arrives in one piece
+    ids = antisd.render(tokenizer, antisd.teacher_messages(NASTY, NASTY, False), {})
+    assert ids.count(tokenizer.convert_tokens_to_ids(NASTY)) == 2
+
+
+def rollout(text, reward, solution="worked", answer="7", problem="a b"):
+    row = {"id": 0, "problem": problem, "answer": answer, "solution": solution, "prompt": [3, 4]}
+    return antisd.Rollout(row, [5], text, False, reward)
+
+
+def test_picker_without_a_correct_sibling_falls_back_on_solution_then_answer():
+    group = [rollout("wrong", 0.0), rollout("right", 1.0), rollout("wrong", 0.0)]
+    picks = antisd.pick_solutions(group, random.Random(0))
+    assert picks == [("right", "sibling"), ("worked", "solution"), ("right", "sibling")]
+    for solution in (None, ""):
+        group = [rollout("wrong", 0.0, solution)] * 2
+        assert antisd.pick_solutions(group, random.Random(0)) == [
+            ("The answer is \\boxed{7}.", "answer")] * 2
+
+
+def test_picker_shows_one_seeded_sibling_to_the_group_and_never_a_response_to_itself():
+    group = [rollout(f"text {i}", float(i in (1, 2, 4, 5))) for i in range(6)]
+    serving = set()
+    for seed in range(40):
+        picks = antisd.pick_solutions(group, random.Random(seed))
+        assert picks == antisd.pick_solutions(group, random.Random(seed))
+        texts = [text for text, source in picks if source == "sibling"]
+        assert len(texts) == 6
+        chosen = max(set(texts), key=texts.count)
+        assert texts.count(chosen) == 5                  # all but the chosen one itself
+        assert texts[int(chosen[-1])] != chosen and texts[int(chosen[-1])] in {
+            "text 1", "text 2", "text 4", "text 5"}
+        serving.add(chosen)
+    assert serving == {"text 1", "text 2", "text 4", "text 5"}
+
+
+@pytest.mark.parametrize("text", ["so \\boxed{1}", "<think> hm </think> so \\boxed{1}",
+                                  "hm </think> so \\boxed{1}",    # opened in the prompt
+                                  "<think> a </think> b <think> c </think>\n\nso \\boxed{1}"])
+def test_thinking_never_reaches_the_teacher(text):
+    siblings = [rollout(text, 1.0), rollout("wrong", 0.0)]
+    assert antisd.pick_solutions(siblings, random.Random(0))[1] == ("so \\boxed{1}", "sibling")
+    alone = [rollout("wrong", 0.0, text)]
+    assert antisd.pick_solutions(alone, random.Random(0))[0] == ("so \\boxed{1}", "solution")
+
+
+def test_a_long_solution_loses_its_head_and_nothing_else():
+    solution = " ".join(f"n{i}" for i in range(40))
+    whole = antisd.teacher_prompt(TOKENIZER, "a b c", solution, False, {}, 10**6)
+    assert antisd.teacher_prompt(TOKENIZER, "a b c", solution, False, {}, len(whole)) == whole
+    head, tail = words(whole).split(solution)
+    for longest in range(len(whole) - 39, len(whole)):
+        prompt = antisd.teacher_prompt(TOKENIZER, "a b c", solution, False, {}, longest)
+        assert longest - 1 <= len(prompt) <= longest     # cut no more than needed
+        text = words(prompt)
+        assert text.startswith(head) and text.endswith(tail)
+        kept = text[len(head):-len(tail)].split()[1:]    # after the word that "..." is glued to
+        assert kept == solution.split()[40 - len(kept):]
+
+
+def test_each_row_gets_the_verdict_on_its_own_response(root):
+    group = [rollout("so \\boxed{1}", 1.0), rollout("x", 0.0), rollout("n1", 0.0), rollout("n2", 0.0)]
+    prompts, sources = antisd.teacher_prompts(TOKENIZER, group, config(root), 10**6, seed=0)
+    assert ["Your answer is incorrect." in words(p) for p in prompts] == [False, True, True, True]
+    assert sources == ["solution", "sibling", "answer", "answer"] or sources == [
+        "solution", "sibling", "solution", "solution"]   # groups of two: the last has no success
+    assert "so \\boxed{1}" not in words(prompts[0]) and "so \\boxed{1}" not in words(prompts[2])
+
+
+def test_template_flags_are_the_same_for_student_and_teacher(root):
+    cfg = config(root, chat_template_kwargs='{"think": true}')
+    _, problems, _, _ = antisd.prepare(cfg, 1)
+    plain = antisd.prepare(config(root), 1)[1]
+    group = [antisd.Rollout(p, [5], "x", False, 0.0) for p in problems[:2]]
+    views, _ = antisd.teacher_prompts(TOKENIZER, group, cfg, 10**6, seed=0)
+    for student, teacher, bare in zip(problems, views, plain):
+        assert words(student["prompt"]) == words(bare["prompt"]) + " <think>"
+        assert words(teacher).endswith("<assistant> <think>")
+        first = words(student["prompt"]).split(" <end>")[0]
+        assert words(teacher).startswith(first)          # c comes after the student's own turn
+
+
+# ------------------------------------------------------------------------------------------------
+# One update against an independent one: whole logits, row by row, plain SGD
+# ------------------------------------------------------------------------------------------------
+
+# prompt, response, truncated, reward; groups of two. The first half (rank 0's, of two) has most of
+# the tokens and needs more micro-batches than the second.
+HAND_MADE = [
+    ([3, 5, 8], list(range(20, 50)), True, 0.0), ([3, 5, 8], [11, END], False, 1.0),
+    ([3] * 17, list(range(40, 69)), True, 0.0), ([3] * 17, list(range(60, 20, -2)), False, 0.0),
+    ([0, END, 9, 4], [4, END], False, 1.0), ([0, END, 9, 4], [END], False, 0.0),
+    ([7, 8], [0, 1, 2, 0, END], False, 1.0), ([7, 8], [33, 34, 35], True, 0.0)]
+C = [44, 45, 46, END, 47]                                # stands for the privileged context
+LAM, SGD_LR = 0.5, 0.3
+CASES = {
+    "plain": {},
+    "small micro-batches": dict(micro_tokens=40),
+    "recomputed layers": dict(gradient_checkpointing=True),
+    "mean of response means": dict(loss_agg="seq"),
+    "without truncated": dict(mask_truncated=True, micro_tokens=40),
+    "means without truncated": dict(loss_agg="seq", mask_truncated=True),
+    "multiplied": dict(compose="mul"),
+    "sd": dict(method="sd"),
+    "clipped gradient": dict(max_grad_norm=0.05),
+    "two updates": dict(updates_per_batch=2, micro_tokens=70),
+    "untied": dict(model="llama"),
+}
+
+
+def case_config(root, name):
+    flags = dict(temperature=0.7, max_grad_norm=1e9) | CASES[name]
+    return config(root, **flags | {"model": str(root / flags.get("model", "qwen3"))})
+
+
+def run_case(root, name):
+    """The trainer's own score() and update() on this rank's share of HAND_MADE."""
+    cfg, rank, world = case_config(root, name), dist.get_rank(), dist.get_world_size()
+    policy, _, _ = antisd.build(cfg, TOKENIZER, CPU)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=SGD_LR)
+    size = len(HAND_MADE) // world
+    rows = HAND_MADE[rank * size:(rank + 1) * size]
+    prompts, responses, _, _ = zip(*rows)
+    rollouts = [antisd.Rollout({"prompt": p}, ids, "", cut_off, r) for p, ids, cut_off, r in rows]
+    lengths = torch.tensor([len(ids) for ids in responses])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    a_seq = antisd.group_advantages(torch.tensor([row[3] for row in rows]), 2)
+    scoring = cfg.micro_tokens, cfg.temperature
+    t, entropy_t = antisd.score(policy, [p + C for p in prompts], responses, *scoring)
+    s, entropy_s = torch.zeros_like(t), torch.zeros_like(t)
+    known = cfg.updates_per_batch > 1
+    if known:
+        s, entropy_s = antisd.score(policy, prompts, responses, *scoring)
+    batch = antisd.Batch(rollouts, ["sibling"] * len(rows), mask, a_seq, t, entropy_t, s, entropy_s)
+    loss, norm, finite = antisd.update(policy, optimizer, batch, LAM, cfg, known)
+    whole = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return {"loss": loss, "norm": norm, "finite": finite,
+            "mean": antisd.global_mean(batch.entropy_t, mask),
+            "median": antisd.global_median(batch.entropy_t, mask),
+            "s": [row[:n] for part in antisd.gather((batch.s, lengths)) for row, n in zip(*part)],
+            "summary": antisd.summary(batch, cfg),
+            "state": dcp_state.get_model_state_dict(policy, options=whole)}
+
+
+def reference(root, name):
+    """The same by other means; also the number of tokens whose ratio the clip held."""
+    cfg = case_config(root, name)
+    model = AutoModelForCausalLM.from_pretrained(cfg.model)
+    parameters, held, losses, norms = list(model.parameters()), 0, [], []
+    with torch.no_grad():
+        t = [brute_force(model, p + C, ids, 0.7) for p, ids, _, _ in HAND_MADE]
+        s = [brute_force(model, p, ids, 0.7)[0] for p, ids, _, _ in HAND_MADE]
+    entropies = torch.cat([entropy for _, entropy in t])
+    size = len(HAND_MADE) // cfg.updates_per_batch
+    # over two ranks the first update takes the first half of each rank's rows
+    for first in range(0, len(HAND_MADE), size):
+        rows = [i for i in range(first, first + size)
+                if not (cfg.mask_truncated and HAND_MADE[i][2])]
+        tokens = sum(len(HAND_MADE[i][1]) for i in rows)
+        loss = 0.0
+        for i in rows:
+            prompt, ids, _, reward = HAND_MADE[i]
+            pair = torch.tensor([HAND_MADE[i - i % 2][3], HAND_MADE[i - i % 2 + 1][3]])
+            a_seq = 0.0 if pair[0] == pair[1] else float((reward - pair.mean()) / pair.std())
+            u = t[i][0] - s[i]
+            delta = u if cfg.method == "sd" else -(torch.log1p(u.exp()) - LOG2) / 2
+            a = a_seq * (1 + LAM * delta) if cfg.compose == "mul" else a_seq + LAM * delta
+            ratio = (brute_force(model, prompt, ids, 0.7)[0] - s[i]).exp()
+            reach = torch.where(a > 0, ratio.clamp(max=1.2), ratio.clamp(min=0.8))
+            held += int((reach != ratio).sum())
+            share = len(ids) * len(rows) if cfg.loss_agg == "seq" else tokens
+            loss = loss - (a * reach).sum() / share
+        gradients = torch.autograd.grad(loss, parameters)
+        norm = torch.stack([g.norm() for g in gradients]).norm().item()
+        with torch.no_grad():
+            for p, g in zip(parameters, gradients):
+                p -= SGD_LR * g * min(1, cfg.max_grad_norm / norm)
+        losses.append(loss.item())
+        norms.append(norm)
+    state = {"model." + k: v for k, v in model.state_dict().items()}
+    return {"loss": sum(losses) / len(losses), "norm": sum(norms) / len(norms), "state": state,
+            "mean": entropies.mean().item(), "median": entropies.median().item(), "s": s,
+            "entropies": entropies, "held": held}
+
+
+def assert_equal_updates(found, expected, before):
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4, abs=1e-6)
+    assert found["norm"] == pytest.approx(expected["norm"], rel=1e-4)
+    assert found["mean"] == pytest.approx(expected["mean"], rel=1e-5)
+    for mine, theirs in zip(found["s"], expected["s"], strict=True):
+        torch.testing.assert_close(mine.double(), theirs.double(), rtol=1e-4, atol=1e-4)
+    assert found["state"].keys() == expected["state"].keys()
+    for key, value in found["state"].items():            # moved by the same amount, not just near
+        start = before[key.removeprefix("model.")]
+        torch.testing.assert_close(value - start, expected["state"][key] - start, rtol=1e-3,
+                                   atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_update_equals_an_independent_one(root, name):
+    found, expected = run_case(root, name), reference(root, name)
+    assert found["finite"] and expected["norm"] > 0.05
+    assert (expected["held"] > 0) == (name == "two updates")    # one update: the clip is inert
+    assert_equal_updates(found, expected, weights(case_config(root, name).model))
+    ranked = expected["entropies"].sort().values         # an even count: the mean of the middle two
+    n = len(ranked)
+    assert n % 2 == 0 and ranked[n // 2] - ranked[n // 2 - 1] > 1e-3
+    assert found["median"] == pytest.approx((ranked[n // 2 - 1] + ranked[n // 2]).item() / 2)
+
+
+def prepared(root, **flags):
+    """Policy, SGD and a batch of two rows whose teacher has not spoken yet."""
+    cfg = config(root, **flags)
+    policy, _, _ = antisd.build(cfg, TOKENIZER, CPU)
+    rows = [antisd.Rollout({"prompt": [3, 5, 8]}, [20, 21, 22], "", True, float(i)) for i in (0, 1)]
+    zeros = torch.zeros(2, 3)
+    batch = antisd.Batch(rows, [], zeros == 0, torch.tensor([-1.0, 1.0]), zeros.clone(),
+                         zeros.clone(), zeros.clone(), zeros.clone())
+    before = {k: v.clone() for k, v in dcp_state.get_model_state_dict(policy).items()}
+    return cfg, policy, torch.optim.SGD(policy.parameters(), lr=1.0), batch, before
+
+
+def test_a_batch_of_truncated_responses_left_out_gives_zero_and_not_nan(root):
+    cfg, policy, optimizer, batch, before = prepared(root, mask_truncated=True)
+    assert antisd.update(policy, optimizer, batch, 0.5, cfg, False) == (0.0, 0.0, True)
+    assert same(before, dcp_state.get_model_state_dict(policy))
+
+
+def test_an_update_that_is_not_finite_changes_nothing(root):
+    cfg, policy, optimizer, batch, before = prepared(root)
+    batch.t[1, 2] = math.nan
+    assert not antisd.update(policy, optimizer, batch, 0.5, cfg, False)[2]
+    assert same(before, dcp_state.get_model_state_dict(policy))
+
+
+def test_with_empty_c_u_is_zero_and_antisd_is_grpo(root):
+    messages = [antisd.student_messages("a n1 b"), antisd.teacher_messages("a n1 b", "", False)]
+    student, teacher = (antisd.render(TOKENIZER, m, {}) for m in messages)
+    states = []
+    for method in "antisd", "grpo":
+        cfg, policy, optimizer, batch, before = prepared(root, method=method)
+        responses = [r.ids for r in batch.rollouts]
+        for r in batch.rollouts:
+            r.problem["prompt"] = student
+        batch.t, _ = antisd.score(policy, [teacher] * 2, responses, cfg.micro_tokens)
+        antisd.update(policy, optimizer, batch, 0.5, cfg, False)
+        assert batch.s.any() and (batch.t - batch.s).abs().max() < 1e-6
+        states.append({k: v.clone() for k, v in dcp_state.get_model_state_dict(policy).items()})
+        assert not same(before, states[-1])
+    for key in states[0]:
+        torch.testing.assert_close(states[0][key], states[1][key], rtol=0, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------
+# train(): Algorithm 1 as a whole
+# ------------------------------------------------------------------------------------------------
+
+KEYS = """step reward reward_complete length truncated zero_std_groups seq_adv_abs u_mean u_negative
+    phi_abs student_entropy teacher_entropy teacher_entropy_median gate h_warm lam context/sibling
+    context/solution context/answer loss grad_norm lr tokens_per_s seconds/rollout seconds/score
+    seconds/train seconds/save peak_memory_gib""".split()
+NO_WARMUP = dict(warmup_steps=0, tau_down=0.0)
+
+
+def spy(monkeypatch, name):
+    """Lets antisd.<name> run as it is and keeps (arguments, result) of every call."""
+    calls, original = [], getattr(antisd, name)
+
+    def wrapper(*args, **options):
+        calls.append((args, original(*args, **options)))
+        return calls[-1][1]
+    monkeypatch.setattr(antisd, name, wrapper)
+    return calls
+
+
+@pytest.mark.parametrize("method, flags", [
+    ("antisd", NO_WARMUP), ("no_teacher", NO_WARMUP), ("sd", {}),    # sd acts from step 0, ungated
+    ("antisd", dict(temperature=1.4, gate_source="student", **NO_WARMUP)), ("grpo", {})])
+def test_a_training_step_equals_algorithm_1_by_hand(root, tmp_path, monkeypatch, method, flags):
+    """What the trainer logs, against brute force on the rollouts it drew."""
+    packed, rolled = spy(monkeypatch, "pack"), spy(monkeypatch, "roll_out")
+    sampled, viewed = spy(monkeypatch, "sample"), spy(monkeypatch, "teacher_prompts")
+    [row] = run(root, tmp_path, method=method, seed=3, **flags)
+    rollouts, temperature = rolled[0][1], flags.get("temperature", 1.0)
+
+    # the ids that were drawn are the ids that are scored and trained on: never text in between
+    assert [r.ids for r in rollouts] == sampled[0][1]
+    drawn = {tuple(ids) for ids in sampled[0][1]}
+    assert {tuple(ids) for (_, ids, _), _ in packed for ids in ids} == drawn
+    assert any(TOKENIZER.encode(TOKENIZER.decode(ids)) != list(ids) for ids in drawn)
+
+    model = AutoModelForCausalLM.from_pretrained(root / "qwen3")
+    rewards = torch.tensor([r.reward for r in rollouts]).view(4, 2)
+    assert 0 < rewards.mean() < 1 and (rewards[:, 0] != rewards[:, 1]).any()
+    a_seq = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
+    views = viewed[0][1][0] if viewed else [None] * 8
+    objective, us, entropies, count = 0.0, [], [], sum(len(r.ids) for r in rollouts)
+    for r, a, view in zip(rollouts, a_seq.flatten(), views, strict=True):
+        logp, entropy = brute_force(model, r.problem["prompt"], r.ids, temperature)
+        s, delta = logp.detach(), 0.0
+        if view:
+            t, h = brute_force(model, view, r.ids, temperature)
+            u = -s if method == "no_teacher" else t.detach() - s
+            delta = 0.5 * (u if method == "sd" else -antisd.phi(u))
+            us.append(u)
+            entropies.append(h.detach())
+        objective = objective + ((a + delta) * logp).sum() / count
+        # the loss's value at ratio 1 is -mean A, whatever logp is
+        objective = objective + ((a + delta) * (1 - s)).sum() / count
+    gradients = torch.autograd.grad(objective, list(model.parameters()))
+    assert row["loss"] == pytest.approx(-objective.item(), rel=1e-4, abs=1e-6)
+    assert row["grad_norm"] == pytest.approx(torch.stack([g.norm() for g in gradients]).norm(), rel=1e-3)
+    assert row["reward"] == pytest.approx(rewards.mean()) and row["length"] * 8 == count
+    assert row["zero_std_groups"] == (rewards[:, 0] == rewards[:, 1]).float().mean()
+    assert row["lam"] == (0.0 if method == "grpo" else 0.5)
+    if views[0]:
+        u, h = torch.cat(us), torch.cat(entropies)
+        assert row["u_mean"] == pytest.approx(u.mean().item(), rel=1e-4)
+        assert row["u_negative"] == pytest.approx((u < 0).double().mean().item())
+        assert row["phi_abs"] == pytest.approx(antisd.phi(u).abs().mean().item(), rel=1e-4)
+        assert row["teacher_entropy"] == pytest.approx(h.mean().item(), rel=1e-4)
+    else:
+        assert row["u_mean"] is None and row["context/sibling"] == 0
+
+
+def test_warm_up_steps_are_grpos_bit_for_bit_and_the_next_one_is_not(root, tmp_path):
+    runs = {"grpo": dict(method="grpo"), "warm": dict(warmup_steps=5), "past": dict(warmup_steps=2)}
+    rows = {name: run(root, tmp_path / name, steps=3, **flags) for name, flags in runs.items()}
+    grpo, warm, past = (weights(tmp_path / name / "model") for name in runs)
+    assert same(grpo, warm) and not same(grpo, past) and not same(grpo, weights(root / "qwen3"))
+    assert [r["lam"] for r in rows["warm"]] == [0, 0, 0]
+    assert [r["lam"] for r in rows["past"]] == [0, 0, 0.5] or rows["past"][2]["gate"] == 0
+    assert all(r["teacher_entropy"] > 0 for r in rows["warm"])    # H is measured all the same
+
+
+@pytest.mark.parametrize("key, flags", [
+    ("teacher_entropy", {}), ("teacher_entropy_median", dict(gate_stat="median")),
+    ("student_entropy", dict(gate_source="student"))])
+def test_lambda_follows_the_gate_on_the_logged_entropy_of_the_same_step(root, tmp_path, key, flags):
+    rows = run(root, tmp_path, steps=5, warmup_steps=1, tau_down=0.99, lam=0.7, lr=3e-2, seed=SHUTS,
+               **flags)
+    gate = antisd.EntropyGate(1, 0.99)
+    for row in rows:
+        g = gate.update(row[key])
+        assert row["lam"] == 0.7 * g and row["h_warm"] == pytest.approx(gate.h_warm)
+    assert {row["lam"] for row in rows[1:]} == {0.0, 0.7}    # this seed opens and shuts it
+
+
+SHUTS = 0
+
+
+def strip(rows):
+    """Without what a clock or the machine decides."""
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "peak_memory_gib")
+             and not k.startswith("seconds")} for row in rows]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(root, tmp_path):
+    """The gate is resumed in its warm-up; a step done after the checkpoint is done once more."""
+    flags = dict(warmup_steps=3, sample_every=1, updates_per_batch=2)
+    run(root, tmp_path / "whole", steps=4, **flags)
+    run(root, tmp_path / "parts", steps=3, save_every=2, **flags)
+    names = [path.name for path in antisd.checkpoints(tmp_path / "parts")]
+    assert names == ["step-000002", "step-000003"]
+    (tmp_path / "parts/checkpoints/step-000003").rename(tmp_path / "gone")
+    run(root, tmp_path / "parts", steps=4, save_every=2, resume=True, **flags)
+    assert same(weights(tmp_path / "whole/model"), weights(tmp_path / "parts/model"))
+    for name in "metrics.jsonl", "samples.jsonl":
+        whole, parts = read(tmp_path / "whole" / name), read(tmp_path / "parts" / name)
+        assert strip(whole) == strip(parts)
+    assert [row["step"] for row in read(tmp_path / "parts/metrics.jsonl")] == [0, 1, 2, 3]
+
+
+def test_sigterm_saves_and_resume_continues_bit_for_bit(root, tmp_path, monkeypatch):
+    flags = dict(steps=3, warmup_steps=1)
+    run(root, tmp_path / "whole", **flags)
+    rolled = spy(monkeypatch, "roll_out")
+    original = antisd.group_advantages
+
+    def interrupted(*args):
+        if len(rolled) == 3:                             # in the middle of the last step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+    monkeypatch.setattr(antisd, "group_advantages", interrupted)
+    run(root, tmp_path / "parts", **flags)
+    assert len(rolled) == 3 and not (tmp_path / "parts/model").exists()
+    assert [p.name for p in antisd.checkpoints(tmp_path / "parts")] == ["step-000002"]
+    run(root, tmp_path / "parts", resume=True, **flags)
+    assert same(weights(tmp_path / "whole/model"), weights(tmp_path / "parts/model"))
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_older_one_named(root, tmp_path):
+    flags = dict(steps=2, save_every=1)
+    run(root, tmp_path, **flags)
+    shard = next((tmp_path / "checkpoints/step-000002").glob("__0_*"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x00")
+    with pytest.raises(antisd.InputError, match="damaged.*step-000001"):
+        run(root, tmp_path, **flags | dict(steps=3, resume=True))
+
+
+def test_init_from_keeps_weights_and_data_position_and_starts_step_and_gate_anew(root, tmp_path,
+                                                                                 monkeypatch):
+    run(root, tmp_path / "grpo", method="grpo", steps=2, save_every=2, lr=1e-2)
+    asked = spy(monkeypatch, "next_problems")
+    rows = run(root, tmp_path / "antisd", init_from=str(tmp_path / "grpo"), lr=0.0, weight_decay=0.0,
+               warmup_steps=1)
+    assert same(weights(tmp_path / "grpo/model"), weights(tmp_path / "antisd/model"))
+    assert [args[1] for args, _ in asked] == [8]         # 2 steps x 4 problems were used up
+    assert rows[0]["step"] == 0 and rows[0]["h_warm"] == pytest.approx(rows[0]["teacher_entropy"])
+
+
+def test_records_of_a_run_are_complete_and_valid_json(root, tmp_path):
+    nasty = NASTY + " \u2028 \" \' </s>"
+    data = write(tmp_path / "nasty.jsonl", [{"problem": nasty, "answer": "1", "solution": nasty}])
+    rows = run(root, tmp_path / "run", dataset=data, eval_dataset=str(root / "train.jsonl"), steps=2,
+               sample_every=1, warmup_lr_steps=4)
+    assert [row["step"] for row in rows] == [0, 1, 2]    # the last one is the evaluation at the end
+    for row in rows[:2]:
+        assert set(KEYS) <= set(row)
+    assert [row["lr"] for row in rows[:2]] == pytest.approx([0.25e-3, 0.5e-3])
+    assert ["eval_accuracy" in row for row in rows] == [True, False, True]
+    assert rows[0]["eval_problems"] == 7
+    samples = read(tmp_path / "run/samples.jsonl")
+    assert {row["problem"] for row in samples} == {nasty} and {r["step"] for r in samples} == {0, 1}
+    for row in samples:
+        assert len(row["tokens"]) == len(row["u"]) == len(row["teacher_entropy"])
+    record = json.loads((tmp_path / "run/config.json").read_text())
+    assert record["flags"]["warmup_lr_steps"] == 4 and record["source"] and record["versions"]
+
+
+def test_export_is_the_checkpoints_own_kind_of_folder(root, tmp_path):
+    """bfloat16 and tied goes in, trains in float32 still tied, and comes out so, with the
+    generation settings that rollouts had to ignore."""
+    folder = save(hostile(tiny()).bfloat16(), tmp_path / "bf16")
+    cfg = config(root, model=folder, output=str(tmp_path / "run"), **NO_WARMUP)
+    policy, optimizer, _ = antisd.build(cfg, TOKENIZER, CPU)
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    assert policy.model.lm_head.weight is policy.model.model.embed_tokens.weight
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == set(
+        map(id, policy.parameters()))
+    antisd.train(cfg)
+    out = tmp_path / "run/model"
+    trained, before = weights(out), weights(folder)
+    assert {v.dtype for v in trained.values()} == {torch.bfloat16}
+    assert not torch.equal(trained["lm_head.weight"], before["lm_head.weight"])
+    assert torch.equal(trained["lm_head.weight"], trained["model.embed_tokens.weight"])
+    settings = GenerationConfig.from_pretrained(out)
+    assert (settings.top_k, settings.repetition_penalty, settings.eos_token_id) == (2, 5.0, END)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
+    assert tokenizer.chat_template == TEMPLATE
+
+
+def test_compute_in_bfloat16_is_close_but_master_weights_are_float32(root):
+    scores = []
+    for dtype in "float32", "bfloat16":
+        policy, _, _ = antisd.build(config(root, dtype=dtype), TOKENIZER, CPU)
+        assert {p.dtype for p in policy.parameters()} == {torch.float32}
+        scores.append(antisd.score(policy, [[3, 5, 8]], [list(range(20, 40))], 10**6)[0])
+    assert scores[1].dtype == torch.float32
+    assert 0 < (scores[0] - scores[1]).abs().max() < 0.5
+
+
+@pytest.mark.skipif(not (HERE / "toy/model").exists(), reason="toy/ is not made yet")
+def test_the_embedded_default_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(HERE)
+    antisd.train(antisd.parse_config(["@toy/demo.args", "--steps", "1", "--eval_dataset", "",
+                                      "--max_tokens", "16", "--output", str(tmp_path / "run")]))
+    assert math.isfinite(read(tmp_path / "run/metrics.jsonl")[0]["loss"])
+
+
+# ------------------------------------------------------------------------------------------------
+# Two ranks: torchrun starts this file, which ends in worker()
+# ------------------------------------------------------------------------------------------------
+
+KINDS = ["qwen3", "qwen3_moe", "olmo3", "llama"]
+
+
+def greedy_evaluation(root):
+    cfg = config(root, eval_temperature=0.0, eval_samples=1)
+    policy, _, _ = antisd.build(cfg, TOKENIZER, CPU)
+    problems = antisd.prepare(cfg, 1)[1]
+    return [antisd.evaluate(policy, TOKENIZER, problems[:n], cfg) for n in EVALUATED]
+
+
+EVALUATED = (7, 1)                                       # with 1, the second rank has none
+
+
+def worker(root):
+    """Everything that needs two processes, in one launch; rank 0 leaves the results in root."""
+    torch.set_num_threads(1)
+    antisd.setup()
+    results = {name: run_case(root, name) for name in CASES if name != "two updates"}
+    results["evaluation"] = greedy_evaluation(root)
+    rolled, original = [], antisd.roll_out
+    antisd.roll_out = lambda *args, **options: rolled.append(original(*args, **options)) or rolled[-1]
+    for kind in KINDS:
+        antisd.train(config(root, model=str(root / kind), output=str(root / "two" / kind),
+                            **NO_WARMUP))
+    rolled.clear()
+    antisd.train(config(root, output=str(root / "two/gate"), steps=3, warmup_steps=1,
+                        gate_stat="median", save_every=2, seed=3))
+    results["drawn"] = antisd.gather([[(r.problem["id"], r.ids) for r in rows] for rows in rolled])
+    if dist.get_rank() == 0:
+        torch.save(results, root / "two.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def two_ranks(root):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               __file__, str(root)]
+    ended = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=300,
+                           env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    return torch.load(root / "two.pt")
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "two updates"])
+def test_two_ranks_equal_one(root, two_ranks, name):
+    found, expected = two_ranks[name], run_case(root, name)
+    assert_equal_updates(found, expected, weights(case_config(root, name).model))
+    assert found["median"] == pytest.approx(expected["median"], rel=1e-5)
+    assert found["summary"] == pytest.approx(expected["summary"], rel=1e-4, abs=1e-6)
+
+
+def test_evaluation_does_not_depend_on_the_ranks(root, two_ranks):
+    expected = greedy_evaluation(root)
+    assert two_ranks["evaluation"] == pytest.approx(expected)
+    assert [e["eval_problems"] for e in expected] == list(EVALUATED)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_architecture_trains_a_step_on_two_ranks(root, two_ranks, kind):
+    [row] = read(root / "two" / kind / "metrics.jsonl")
+    assert math.isfinite(row["loss"]) and 0 < row["grad_norm"] < math.inf
+    before, after = weights(root / kind), weights(root / "two" / kind / "model")
+    assert before.keys() == after.keys()
+    assert all(torch.isfinite(v).all() for v in after.values()) and not same(before, after)
+
+
+def test_the_gate_reads_the_global_batch(root, two_ranks):
+    rows = read(root / "two/gate/metrics.jsonl")
+    gate = antisd.EntropyGate(1)
+    for row in rows:
+        assert row["lam"] == 0.5 * gate.update(row["teacher_entropy_median"])
+        assert row["h_warm"] == pytest.approx(gate.h_warm)
+
+
+def test_ranks_share_out_the_problems_and_draw_different_responses(root, two_ranks):
+    ids = [p["id"] for p in antisd.load_problems(str(root / "train.jsonl"))]
+    for step in range(3):
+        rows = [row for rank in two_ranks["drawn"] for row in rank[step]]
+        expected = antisd.next_problems(ids, 4 * step, 4, seed=3)
+        assert [i for i, _ in rows] == [i for i in expected for _ in range(2)]
+        assert len({tuple(tokens) for _, tokens in rows}) > 6
+        lengths = [sum(len(t) for _, t in rank[step]) for rank in two_ranks["drawn"]]
+        assert step or lengths[0] != lengths[1]          # uneven decoding did not hang
+
+
+# ------------------------------------------------------------------------------------------------
+# Bad input: one line, before any weights are read
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def weightless(root, tmp_path_factory):
+    """Everything of a checkpoint but the weights: whoever tries to load it dies otherwise."""
+    folder = tmp_path_factory.mktemp("weightless")
+    TOKENIZER.save_pretrained(folder)
+    AutoConfig.from_pretrained(root / "qwen3").save_pretrained(folder)
+    return folder
+
+
+def refuse(call, *fragments):
+    with pytest.raises(antisd.InputError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 600
+    for fragment in fragments:
+        assert fragment in message
+
+
+@pytest.mark.parametrize("arguments, fragments", [
+    ("", ["--model"]), ("--model m --method dpo", ["dpo", "antisd_kl"]),
+    ("--model m --group_size 1", ["--group_size"]), ("--model m --temperature 0", ["--temperature"]),
+    ("--model m --temperature nan", ["--temperature"]), ("--model m --lam nan", ["--lam"]),
+    ("--model m --lamb 0.3", ["--lamb"]), ("--model m --max_token 3", ["--max_token"]),
+    ("--model m --steps many", ["--steps", "many"]), ("--model m --steps 0", ["--steps"]),
+    ("--model m stray", ["stray"]), ("--model m @nowhere.args", ["nowhere.args"]),
+    ("--model m --chat_template_kwargs [1]", ["--chat_template_kwargs"]),
+    ("--model m --chat_template_kwargs {", ["--chat_template_kwargs"]),
+    ("--model m --warmup_steps 0", ["--warmup_steps", "--tau_down 0"]),
+    ("--model m --clip 0", ["--clip"]), ("--model m --eval_top_p 0", ["--eval_top_p"])])
+def test_bad_flags_are_refused(arguments, fragments):
+    refuse(lambda: antisd.parse_config(arguments.split()), *fragments)
+
+
+def test_flags_take_both_spellings_and_files_with_comments(tmp_path):
+    for field in dataclasses.fields(antisd.Config):
+        value = getattr(antisd.Config(model="m"), field.name)
+        for name in {field.name, field.name.replace("_", "-")}:
+            words = [f"--{name}"] if field.type is bool else [f"--{name}", str(value) or "m"]
+            found = getattr(antisd.parse_config(["--model", "m", *words]), field.name)
+            assert found == (True if field.type is bool else value or type(value)(words[1]))
+    file = tmp_path / "run.args"
+    file.write_text("# a comment\n--model 'two words'  # and another\n\n--lam 0.25 --max-tokens 7\n")
+    cfg = antisd.parse_config([f"@{file}", "--seed", "4"])
+    assert (cfg.model, cfg.lam, cfg.max_tokens, cfg.seed) == ("two words", 0.25, 7, 4)
+    file.write_text("--output don't\n")
+    refuse(lambda: antisd.parse_config([f"@{file}"]), "run.args")
+
+
+def test_defaults_are_the_papers():
+    cfg = antisd.Config(model="m")
+    assert (cfg.lam, cfg.warmup_steps, cfg.tau_down, cfg.lr, cfg.steps) == (0.5, 5, 0.93, 1e-6, 200)
+    assert (cfg.problems_per_step, cfg.group_size, cfg.temperature, cfg.clip) == (32, 8, 1.0, 0.2)
+    assert (cfg.method, cfg.compose, cfg.gate_stat, cfg.gate_source, cfg.loss_agg, cfg.max_tokens,
+            cfg.eval_temperature, cfg.eval_top_p, cfg.updates_per_batch) == (
+                "antisd", "add", "mean", "teacher", "token", 32768, 0.7, 0.95, 1)
+
+
+@pytest.mark.parametrize("name, content, fragments", [
+    ("missing.jsonl", None, ["no such file"]), ("missing.parquet", None, ["no such file"]),
+    ("nobody/nothing", None, ["nobody/nothing"]),
+    ("empty.jsonl", b"", ["no problems"]), ("empty.json", b"[]", ["no problems"]),
+    ("bad.jsonl", b'{"problem": "p", "answer": "1"}\n{"problem": \n', ["line 2"]),
+    ("bad.json", b'{"problem": ', ["not JSON"]), ("bad.parquet", b"PAR1junk", ["bad.parquet"]),
+    ("number.jsonl", b"3\n", ["row 1"]), ("object.json", b'{"problem": "p"}', ["list"]),
+    ("fields.jsonl", b'{"text": "p", "label": "1"}', ["problem", "text, label"]),
+    ("answer.jsonl", b'{"problem": "p", "key": "1"}', ["answer", "problem, key"]),
+    ("rule.jsonl", b'{"problem": "p", "reward_model": "rule"}', ["answer", "reward_model"]),
+    ("chat.jsonl", b'{"prompt": [{"text": "p"}], "answer": "1"}', ["prompt"]),
+    ("latin1.jsonl", b'{"problem": "caf\xe9", "answer": "1"}\n', ["latin1.jsonl"])])
+def test_bad_data_is_refused(weightless, tmp_path, name, content, fragments):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    path = name if name == "nobody/nothing" else str(tmp_path / name)
+    cfg = antisd.Config(model=str(weightless), dataset=path, max_tokens=100)
+    refuse(lambda: antisd.prepare(cfg, 1), *fragments)
+
+
+def test_bad_models_and_sizes_are_refused_before_weights_are_read(root, weightless, tmp_path):
+    def attempt(world=1, **flags):
+        return lambda: antisd.prepare(config(root, **{"model": str(weightless)} | flags), world)
+    attempt()()                                          # nothing is wrong with the rest
+    refuse(attempt(model=str(tmp_path / "nowhere")), "nowhere")
+    refuse(attempt(model="nobody/nothing"), "nobody/nothing")
+    refuse(attempt(world=3), "--problems_per_step", "3")
+    refuse(attempt(world=2, updates_per_batch=4), "--updates_per_batch")
+    refuse(attempt(max_tokens=500), "--max_tokens", "512")
+    refuse(attempt(max_prompt_tokens=5), "--max_prompt_tokens")
+    refuse(attempt(tracker="wandb"), "wandb") if not importable("wandb") else None
+    bare = make_tokenizer()
+    bare.chat_template = None
+    bare.save_pretrained(tmp_path)
+    AutoConfig.from_pretrained(weightless).save_pretrained(tmp_path)
+    refuse(attempt(model=str(tmp_path)), "chat template")
+
+
+def importable(name):
+    return antisd.importlib.util.find_spec(name) is not None
+
+
+def test_long_problems_are_dropped_and_counted(root, tmp_path, capsys):
+    data = write(tmp_path / "d.jsonl", [{"problem": p, "answer": "1"} for p in ("a", "a " * 90, "b")])
+    _, problems, held_out, longest = antisd.prepare(config(root, dataset=data, max_prompt_tokens=50), 1)
+    assert [p["problem"] for p in problems] == ["a", "b"] and held_out == []
+    assert "1 of 3" in capsys.readouterr().out
+    assert longest == 512 - 12
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_so_is_resuming_another_run(root, tmp_path):
+    output = str(tmp_path)
+    run(root, output, method="grpo", save_every=1)
+    missing = dict(output=output, model=str(root / "qwen3"))
+    refuse(lambda: antisd.train(config(root, method="grpo", **missing)), output, "--resume")
+    refuse(lambda: antisd.train(config(root, method="sd", resume=True, **missing)), "method")
+
+
+def test_the_command_prints_one_line_and_exits_with_2(root, weightless, tmp_path):
+    (tmp_path / "bad.jsonl").write_text("{}x\n")
+    (tmp_path / "config.json").write_text("{}")          # what a run leaves in its folder
+    fine = ["--model", str(weightless), "--dataset", str(root / "train.jsonl"), "--max-tokens", "8"]
+    cases = [([], "--model"), (fine + ["--dataset", str(tmp_path / "bad.jsonl")], "line 1"),
+             (fine + ["--output", str(tmp_path)], "--resume")]
+    started = [subprocess.Popen([sys.executable, "antisd.py", *flags], cwd=HERE, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+               for flags, _ in cases]
+    for process, (_, fragment) in zip(started, cases):
+        out, error = process.communicate(timeout=120)
+        assert process.returncode == 2 and len(error.splitlines()) == 1
+        assert error.startswith("antisd.py: error: ") and fragment in error
+
+
+# ------------------------------------------------------------------------------------------------
+# The source keeps its promises
+# ------------------------------------------------------------------------------------------------
+
+
+def named(*names):
+    """How often a name is used in code (comments and docstrings do not count)."""
+    return sum(getattr(node, "attr", getattr(node, "id", None)) in names
+               for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, (ast.Attribute, ast.Name)))
+
+
+def test_one_log_softmax_and_one_template():
+    assert named("log_softmax") == 1 and named("logsumexp", "cross_entropy") == 0
+    assert named("apply_chat_template") == 1
+
+
+def test_every_flag_is_read_somewhere():
+    for field in dataclasses.fields(antisd.Config):
+        assert re.search(rf"\b(cfg|self)\.{field.name}\b", SOURCE), f"--{field.name} is dead"
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]))
