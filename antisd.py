@@ -30,6 +30,7 @@ silent the line says `our choice`; the README lists every one.
 """
 import argparse
 import dataclasses
+import datetime
 import hashlib
 import importlib
 import importlib.util
@@ -52,6 +53,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
+import safetensors
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -182,6 +184,23 @@ def flag(default, text, **options):
     return dataclasses.field(default=default, metadata={"help": text, **options})
 
 
+def check_flags(cfg):
+    """Raises InputError where a field breaks its own metadata, or the template's JSON is none."""
+    for field in dataclasses.fields(cfg):
+        value, rules = getattr(cfg, field.name), field.metadata
+        if value not in rules.get("choices", [value]):
+            raise InputError(f"--{field.name} {value!r}: choose from {rules['choices']}")
+        if "least" in rules and not rules["least"] <= value < math.inf:
+            raise InputError(f"--{field.name} {value}: must be at least {rules['least']}")
+    try:
+        is_object = isinstance(cfg.template_kwargs, dict)
+    except json.JSONDecodeError:
+        is_object = False
+    if not is_object:
+        raise InputError("--chat_template_kwargs must be a JSON object, such as "
+                         """'{"enable_thinking": false}'""")
+
+
 @dataclasses.dataclass
 class Config:
     # the model and what it reads
@@ -250,12 +269,7 @@ class Config:
     tracker: str = flag("", "wandb or trackio, if installed", choices=["", "wandb", "trackio"])
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, rules = getattr(self, field.name), field.metadata
-            if value not in rules.get("choices", [value]):
-                raise InputError(f"--{field.name} {value!r}: choose from {rules['choices']}")
-            if "least" in rules and not rules["least"] <= value < math.inf:
-                raise InputError(f"--{field.name} {value}: must be at least {rules['least']}")
+        check_flags(self)
         for wrong, text in (
             (not self.model, "--model is required: a Hugging Face folder or a hub id"),
             (not self.temperature > 0, "--temperature: rollouts are samples, it must be above 0"),
@@ -267,13 +281,6 @@ class Config:
         ):
             if wrong:
                 raise InputError(text)
-        try:
-            is_object = isinstance(self.template_kwargs, dict)
-        except json.JSONDecodeError:
-            is_object = False
-        if not is_object:
-            raise InputError("--chat_template_kwargs must be a JSON object, such as "
-                             """'{"enable_thinking": false}'""")
 
     @property
     def template_kwargs(self):
@@ -282,24 +289,29 @@ class Config:
 
 class FlagParser(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, line):            # @file: several words a line, # comments
-        return shlex.split(line, comments=True)
+        try:
+            return shlex.split(line, comments=True)
+        except ValueError as error:
+            self.error(f"{error} in the line {line!r}")
 
     def error(self, message):                            # one line instead of the whole usage
         raise InputError(message)
 
 
-def parse_config(argv=None):
-    """Flags (default: the command line) -> Config. Raises InputError with one line on bad input."""
-    parser = FlagParser(description=__doc__.split("\n\n")[0], fromfile_prefix_chars="@",
+def parse_config(argv=None, kind=Config, text=__doc__):
+    """Flags (default: the command line) -> a dataclass of fields made by `flag`; raises InputError
+    with one line on bad input."""
+    parser = FlagParser(description=text.split("\n\n")[0], fromfile_prefix_chars="@",
                         allow_abbrev=False)
-    for field in dataclasses.fields(Config):
+    for field in dataclasses.fields(kind):
         names = list(dict.fromkeys([f"--{field.name}", "--" + field.name.replace("_", "-")]))
-        kind = ({"action": argparse.BooleanOptionalAction} if field.type is bool
-                else {"type": field.type, "choices": field.metadata.get("choices")})
+        options = ({"action": argparse.BooleanOptionalAction} if field.type is bool
+                   else {"nargs": "+"} if field.type is list
+                   else {"type": field.type, "choices": field.metadata.get("choices")})
         parser.add_argument(*names, default=field.default,
                             help=f"{field.metadata['help']} [{field.default}]".replace("%", "%%"),
-                            **kind)
-    return Config(**vars(parser.parse_args(argv)))
+                            **options)
+    return kind(**vars(parser.parse_args(argv)))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -326,12 +338,13 @@ def load_problems(path, split=None, limit=None, config=None):
             raise InputError(f"{where} is not an object with named fields")
         found = f"the columns are {', '.join(map(str, row))}"
         text = next((row[k] for k in ("problem", "question", "prompt") if row.get(k)), None)
-        if isinstance(text, list):                       # chat messages: the user's turn
-            text = next((t["content"] for t in reversed(text) if t["role"] == "user"), None)
+        if isinstance(text, list):                       # chat messages: the user's last turn
+            turns = [t for t in text if isinstance(t, dict) and t.get("role") == "user"]
+            text = turns[-1].get("content") if turns else None
         if not isinstance(text, str) or not text.strip():
             raise InputError(f"{where} has no problem (problem, question or prompt); {found}")
-        verdict = row.get("reward_model") or {}
-        row = {**row, "reward_model.ground_truth": verdict.get("ground_truth")}
+        if isinstance(row.get("reward_model"), dict):
+            row = {**row, "reward_model.ground_truth": row["reward_model"].get("ground_truth")}
         keys = ("answer", "final_answer", "reward_model.ground_truth", "Answer")
         answer = next((str(row[k]) for k in keys if row.get(k) not in (None, "")), None)
         if answer is None:
@@ -357,17 +370,17 @@ def _rows(path, split, config):
     if file.suffix in (".jsonl", ".json", ".parquet") and not file.is_file():
         raise InputError(f"{path}: no such file")
     if file.suffix == ".jsonl":
-        with open(file, encoding="utf-8") as lines:
+        with open(file, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     try:
                         yield json.loads(line)
-                    except json.JSONDecodeError as error:
+                    except ValueError as error:          # not JSON, or not UTF-8
                         raise InputError(f"{path}: line {number} is not JSON: {error}") from None
     elif file.suffix == ".json":
         try:
-            rows = json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+            rows = json.loads(file.read_bytes())
+        except ValueError as error:
             raise InputError(f"{path} is not JSON: {error}") from None
         if not isinstance(rows, list):
             raise InputError(f"{path} must hold a list of objects; for one a line call it .jsonl")
@@ -517,7 +530,7 @@ def token_logprobs(hidden, lm_head, targets, temperature=1.0, chunk=1024):
         # upcast first: a bf16 log-softmax errs by 0.01 nats, the size of a typical u
         logps = F.log_softmax(lm_head(h).float() / temperature, dim=-1)              # (m, V)
         with torch.no_grad():
-            entropy = torch.special.entr(logps.exp()).sum(-1)                        # 0 log 0 = 0
+            entropy = -torch.linalg.vecdot(logps.exp(), logps.clamp_min(-1e9))       # 0 log 0 = 0
         return logps.gather(-1, y[:, None]).squeeze(-1), entropy                     # (m,), (m,)
 
     parts = [checkpoint(piece, h, y, use_reentrant=False, preserve_rng_state=False)
@@ -665,7 +678,8 @@ def setup():
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-        dist.init_process_group(backend, **alone)
+        # a rank may wait hours for another one's longest response; a dead one torchrun notices
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1), **alone)
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -702,6 +716,9 @@ def shard(policy, dtype, device):
 def gathered(policy):
     """Weights are whole inside: decoding communicates nothing, ranks may stop at other lengths."""
     layers = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    if not layers:                                       # eval.py: never split
+        yield
+        return
     policy.set_reshard_after_forward(False)
     for layer in layers:
         layer.unshard()
@@ -805,23 +822,33 @@ def restore(cfg, run, policy, optimizer, fresh):
 
 
 def export_model(folder, policy, tokenizer, dtype):
-    """The weights as a Hugging Face folder in the dtype they came in."""
+    """The weights as a Hugging Face folder, of the dtype and with the settings they came with."""
     options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = dcp_state.get_model_state_dict(policy, options=options)      # on rank 0; else empty
+    problem = None
     if dist.get_rank() == 0:
         writing = folder.with_name(folder.name + ".writing")
         shutil.rmtree(writing, ignore_errors=True)
         names = {name for name, _ in policy.model.named_parameters()}    # tied weights once
         names |= {name for name, _ in policy.model.named_buffers()}
         state = {name.removeprefix("model."): value.to(dtype) for name, value in state.items()}
-        policy.model.save_pretrained(writing, state_dict={k: state[k] for k in names & set(state)})
-        for key in ("is_local", "local_files_only"):     # of this machine, not of the tokenizer
-            tokenizer.init_kwargs.pop(key, None)
-        tokenizer.save_pretrained(writing)
-        policy.checkpoint_generation_config.to_json_file(writing / "generation_config.json")
-        shutil.rmtree(folder, ignore_errors=True)
-        writing.rename(folder)
-    gather(None)
+        try:
+            state = {name: state[name] for name in names & set(state)}
+            policy.model.save_pretrained(writing, state_dict=state)
+            policy.model.config.dtype = dtype            # save_pretrained wrote the master weights'
+            policy.model.config.save_pretrained(writing)
+            for key in ("is_local", "local_files_only"):         # of this machine, not its own
+                tokenizer.init_kwargs.pop(key, None)
+            tokenizer.save_pretrained(writing)
+            policy.checkpoint_generation_config.to_json_file(writing / "generation_config.json")
+            shutil.rmtree(folder, ignore_errors=True)
+            writing.rename(folder)
+        except (OSError, safetensors.SafetensorError) as error:
+            shutil.rmtree(writing, ignore_errors=True)
+            problem = f"cannot write {folder}: {error}; the same command with --resume tries again"
+    problem = gather(problem)[0]
+    if problem:
+        raise InputError(problem)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -947,6 +974,21 @@ def peak_memory_gib():
 # ------------------------------------------------------------------------------------------------
 
 
+def load_tokenizer(cfg):
+    """The tokenizer of cfg.model and its context in tokens; InputError where it cannot serve."""
+    try:
+        options = dict(trust_remote_code=cfg.trust_remote_code)
+        model_config = AutoConfig.from_pretrained(cfg.model, **options)
+        tokenizer = AutoTokenizer.from_pretrained(cfg.model, **options)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"--model {cfg.model}: no such folder or hub model ({reason})") from None
+    if not tokenizer.chat_template:
+        raise InputError(f"--model {cfg.model} has no chat template: it must be a chat model")
+    text_config = model_config.get_text_config()
+    return tokenizer, getattr(text_config, "max_position_embeddings", None) or 10**9
+
+
 def prepare(cfg, world):
     """Everything that can be wrong and costs little to find out, before any weight is loaded.
 
@@ -958,16 +1000,7 @@ def prepare(cfg, world):
                          f"({world}) x --updates_per_batch ({cfg.updates_per_batch})")
     if cfg.tracker and not importlib.util.find_spec(cfg.tracker):
         raise InputError(f"--tracker {cfg.tracker}: pip install {cfg.tracker} first")
-    try:
-        options = dict(trust_remote_code=cfg.trust_remote_code)
-        model_config = AutoConfig.from_pretrained(cfg.model, **options)
-        tokenizer = AutoTokenizer.from_pretrained(cfg.model, **options)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"--model {cfg.model}: no such folder or hub model ({reason})") from None
-    if not tokenizer.chat_template:
-        raise InputError(f"--model {cfg.model} has no chat template: it must be a chat model")
-    context = getattr(model_config.get_text_config(), "max_position_embeddings", None) or 10**9
+    tokenizer, context = load_tokenizer(cfg)
     longest = context - cfg.max_tokens
     margin = 64                                          # what the teacher's headings take
     if longest <= margin:
@@ -990,9 +1023,14 @@ def prepare(cfg, world):
     return tokenizer, *checked, longest
 
 
-def build(cfg, tokenizer, device):
-    """The sharded policy, its optimizer, and the dtype the checkpoint came in."""
-    model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype="auto",
+def compute_dtype(cfg, device):
+    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"auto": auto, "bfloat16": torch.bfloat16, "float32": torch.float32}[cfg.dtype]
+
+
+def load_policy(cfg, tokenizer, dtype):
+    """cfg.model as a Policy on the CPU, whole; dtype "auto" is the checkpoint's own."""
+    model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=dtype,
                                                  trust_remote_code=cfg.trust_remote_code)
     with torch.no_grad():
         probe = torch.tensor([[0, 1]])
@@ -1000,16 +1038,20 @@ def build(cfg, tokenizer, device):
         if not torch.allclose(model.get_output_embeddings()(hidden), model(input_ids=probe).logits):
             raise InputError(f"--model {cfg.model} changes its logits after lm_head (soft-capping "
                              "or scaling); Policy.forward would have to do the same")
-    if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    source_dtype = model.dtype
-    compute = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32,
-               "bfloat16": torch.bfloat16, "float32": torch.float32}[cfg.dtype]
     policy = Policy(model)
     policy.eos_ids = sorted({*policy.eos_ids, tokenizer.eos_token_id} - {None})
     if not policy.eos_ids:
         raise InputError(f"--model {cfg.model} has no end-of-sequence token")
-    shard(policy, compute, device)
+    return policy
+
+
+def build(cfg, tokenizer, device):
+    """The sharded policy, its optimizer, and the dtype the checkpoint came in."""
+    policy = load_policy(cfg, tokenizer, "auto")
+    if cfg.gradient_checkpointing:
+        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    source_dtype = policy.model.dtype
+    shard(policy, compute_dtype(cfg, device), device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.999),
                                   weight_decay=cfg.weight_decay)
     return policy, optimizer, source_dtype
@@ -1027,6 +1069,12 @@ def roll_out(policy, tokenizer, problems, k, **settings):
     return rollouts
 
 
+def mean_error(values):
+    """Mean and its standard error over problems: (float, float); a single value has error 0."""
+    error = statistics.stdev(values) / len(values)**0.5 if len(values) > 1 else 0.0
+    return statistics.fmean(values), error
+
+
 def evaluate(policy, tokenizer, problems, cfg):
     """Held-out accuracy (mean over problems, eval_samples each) and its standard error."""
     rank, world, k = dist.get_rank(), dist.get_world_size(), cfg.eval_samples
@@ -1037,9 +1085,8 @@ def evaluate(policy, tokenizer, problems, cfg):
     mine = [statistics.fmean(r.reward for r in rollouts[i:i + k])
             for i in range(0, len(rollouts), k)]
     scores = sum(gather(mine), [])
-    error = statistics.stdev(scores) / len(scores)**0.5 if len(scores) > 1 else 0.0
-    return {"eval_accuracy": statistics.fmean(scores), "eval_error": error,
-            "eval_problems": len(scores)}
+    accuracy, error = mean_error(scores)
+    return {"eval_accuracy": accuracy, "eval_error": error, "eval_problems": len(scores)}
 
 
 @contextmanager
@@ -1239,6 +1286,8 @@ def train(cfg):
         if cfg.method in GATED:
             entropy = batch.entropy_t if cfg.gate_source == "teacher" else batch.entropy_s
             lam = cfg.lam * gate.update(statistic(entropy, mask))                    # Eq. (7)
+            if gate.h_warm is not None and gate.h_warm < 0.01 and step == cfg.warmup_steps:
+                say(f"H_warm is {gate.h_warm:.4f} nats a token: the gate will react to noise")
 
         # lines 2, 4, 5, 8, 9: s, u, phi, A and the update
         for group in optimizer.param_groups:
@@ -1281,13 +1330,13 @@ def train(cfg):
             f"{row['eval_problems']} problems)")
 
 
-def main():
+def main(run=lambda: train(parse_config())):
     """The command line: one line and exit code 2 for what the user can mend."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
-        train(parse_config())
+        run()
     except InputError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)

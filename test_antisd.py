@@ -390,9 +390,11 @@ def test_entropy_of_certain_and_of_uniform_distributions():
     torch.nn.init.zeros_(head.weight)
     logp, entropy = antisd.token_logprobs(torch.ones(1, 1), head, torch.tensor([3]))
     assert entropy.item() == pytest.approx(math.log(8)) == -logp.item()
-    head.weight.data[3] = 1e4                            # 0 log 0 is 0, not NaN
-    logp, entropy = antisd.token_logprobs(torch.ones(1, 1), head, torch.tensor([3]))
-    assert entropy.item() == 0 and logp.item() == 0
+    for rest in 0.0, -math.inf:                          # 0 log 0 is 0, not NaN
+        head.weight.data[:] = rest
+        head.weight.data[3] = 1e4
+        logp, entropy = antisd.token_logprobs(torch.ones(1, 1), head, torch.tensor([3]))
+        assert entropy.item() == 0 and logp.item() == 0
 
 
 def test_log_softmax_runs_in_float32_on_bfloat16_logits():
@@ -839,7 +841,6 @@ def reference(root, name):
         s = [brute_force(model, p, ids, 0.7)[0] for p, ids, _, _ in HAND_MADE]
     entropies = torch.cat([entropy for _, entropy in t])
     size = len(HAND_MADE) // cfg.updates_per_batch
-    # over two ranks the first update takes the first half of each rank's rows
     for first in range(0, len(HAND_MADE), size):
         rows = [i for i in range(first, first + size)
                 if not (cfg.mask_truncated and HAND_MADE[i][2])]
@@ -996,9 +997,10 @@ def test_a_training_step_equals_algorithm_1_by_hand(root, tmp_path, monkeypatch,
         objective = objective + ((a + delta) * (1 - s)).sum() / count
     gradients = torch.autograd.grad(objective, list(model.parameters()))
     assert row["loss"] == pytest.approx(-objective.item(), rel=1e-4, abs=1e-6)
-    assert row["grad_norm"] == pytest.approx(torch.stack([g.norm() for g in gradients]).norm(), rel=1e-3)
-    assert row["reward"] == pytest.approx(rewards.mean()) and row["length"] * 8 == count
-    assert row["zero_std_groups"] == (rewards[:, 0] == rewards[:, 1]).float().mean()
+    norm = torch.stack([g.norm() for g in gradients]).norm().item()
+    assert row["grad_norm"] == pytest.approx(norm, rel=1e-3)
+    assert row["reward"] == rewards.mean().item() and row["length"] * 8 == count
+    assert row["zero_std_groups"] == (rewards[:, 0] == rewards[:, 1]).float().mean().item()
     assert row["lam"] == (0.0 if method == "grpo" else 0.5)
     if views[0]:
         u, h = torch.cat(us), torch.cat(entropies)
@@ -1024,16 +1026,13 @@ def test_warm_up_steps_are_grpos_bit_for_bit_and_the_next_one_is_not(root, tmp_p
     ("teacher_entropy", {}), ("teacher_entropy_median", dict(gate_stat="median")),
     ("student_entropy", dict(gate_source="student"))])
 def test_lambda_follows_the_gate_on_the_logged_entropy_of_the_same_step(root, tmp_path, key, flags):
-    rows = run(root, tmp_path, steps=5, warmup_steps=1, tau_down=0.99, lam=0.7, lr=3e-2, seed=SHUTS,
+    rows = run(root, tmp_path, steps=5, warmup_steps=1, tau_down=0.99, lam=0.7, lr=1e-2, seed=3,
                **flags)
     gate = antisd.EntropyGate(1, 0.99)
     for row in rows:
         g = gate.update(row[key])
         assert row["lam"] == 0.7 * g and row["h_warm"] == pytest.approx(gate.h_warm)
-    assert {row["lam"] for row in rows[1:]} == {0.0, 0.7}    # this seed opens and shuts it
-
-
-SHUTS = 0
+    assert {row["lam"] for row in rows[1:]} == {0.0, 0.7}    # with this seed it is open, then shut
 
 
 def strip(rows):
@@ -1050,6 +1049,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(root, tmp_path):
     names = [path.name for path in antisd.checkpoints(tmp_path / "parts")]
     assert names == ["step-000002", "step-000003"]
     (tmp_path / "parts/checkpoints/step-000003").rename(tmp_path / "gone")
+    with open(tmp_path / "parts/metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "rew')                   # a kill cut this line
     run(root, tmp_path / "parts", steps=4, save_every=2, resume=True, **flags)
     assert same(weights(tmp_path / "whole/model"), weights(tmp_path / "parts/model"))
     for name in "metrics.jsonl", "samples.jsonl":
@@ -1080,7 +1081,9 @@ def test_a_damaged_checkpoint_is_refused_and_the_older_one_named(root, tmp_path)
     flags = dict(steps=2, save_every=1)
     run(root, tmp_path, **flags)
     shard = next((tmp_path / "checkpoints/step-000002").glob("__0_*"))
-    shard.write_bytes(shard.read_bytes()[:-1] + b"\x00")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1                      # one bit
+    shard.write_bytes(content)
     with pytest.raises(antisd.InputError, match="damaged.*step-000001"):
         run(root, tmp_path, **flags | dict(steps=3, resume=True))
 
@@ -1212,7 +1215,8 @@ def test_two_ranks_equal_one(root, two_ranks, name):
 
 def test_evaluation_does_not_depend_on_the_ranks(root, two_ranks):
     expected = greedy_evaluation(root)
-    assert two_ranks["evaluation"] == pytest.approx(expected)
+    for found, one in zip(two_ranks["evaluation"], expected, strict=True):
+        assert found == pytest.approx(one)
     assert [e["eval_problems"] for e in expected] == list(EVALUATED)
 
 
@@ -1286,9 +1290,11 @@ def test_flags_take_both_spellings_and_files_with_comments(tmp_path):
     for field in dataclasses.fields(antisd.Config):
         value = getattr(antisd.Config(model="m"), field.name)
         for name in {field.name, field.name.replace("_", "-")}:
-            words = [f"--{name}"] if field.type is bool else [f"--{name}", str(value) or "m"]
-            found = getattr(antisd.parse_config(["--model", "m", *words]), field.name)
-            assert found == (True if field.type is bool else value or type(value)(words[1]))
+            given = field.metadata.get("choices", [value])[-1]
+            given = "m" if given == "" else given
+            arguments = [f"--{name}"] if field.type is bool else [f"--{name}", str(given)]
+            found = getattr(antisd.parse_config(["--model", "m", *arguments]), field.name)
+            assert found == (True if field.type is bool else given)
     file = tmp_path / "run.args"
     file.write_text("# a comment\n--model 'two words'  # and another\n\n--lam 0.25 --max-tokens 7\n")
     cfg = antisd.parse_config([f"@{file}", "--seed", "4"])
