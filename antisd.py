@@ -1049,7 +1049,7 @@ def build(cfg, tokenizer, device):
     """The sharded policy, its optimizer, and the dtype the checkpoint came in."""
     policy = load_policy(cfg, tokenizer, "auto")
     if cfg.gradient_checkpointing:
-        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.model.activation_checkpointing_enable({"use_reentrant": False})
     source_dtype = policy.model.dtype
     shard(policy, compute_dtype(cfg, device), device)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.999),
