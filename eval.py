@@ -9,13 +9,13 @@ Prompt, renderer, sampler, scorer and grader are antisd.py's own: what is measur
 trained there. A folder of results is continued by the same command, however it was stopped.
 """
 import dataclasses
+import fcntl
 import hashlib
 import json
 import math
 import os
 import statistics
 import sys
-import time
 import zlib
 from html import escape
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from antisd import (Config, InputError, _checksum, check_flags, compute_dtype, extract_boxed, flag,
+from antisd import (InputError, _checksum, check_flags, compute_dtype, extract_boxed, flag,
                     gather, load_policy, load_problems, load_tokenizer, main, mean_error,
                     parse_config, phase, phi, render, roll_out, score, setup, student_messages,
                     teacher_prompts)
@@ -196,7 +196,15 @@ def collect(output, sets):
 
 
 def open_output(cfg, sets, output):
-    """Settings into results.json; what is answered so far. InputError on a mix of settings."""
+    """Settings into results.json; returns them, the pairs answered so far, and the folder's lock.
+    InputError on a mix of settings, or while another process works in the folder."""
+    output.mkdir(parents=True, exist_ok=True)
+    lock = open(output / ".lock", "w")                   # the kernel frees it, even after kill -9
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"another eval.py is at work in {output} (a torchrun that was killed "
+                         "leaves its ranks behind)") from None
     free = ("output", "rollout_batch", "micro_tokens", "pmi", "curves", "trust_remote_code")
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in free}
     weights = sorted(Path(cfg.model).glob("*.safetensors"))      # a later model under this name
@@ -213,13 +221,13 @@ def open_output(cfg, sets, output):
                              "choose another --output")
     elif any(output.glob("responses*.jsonl")):
         raise InputError(f"{output} holds responses without the settings that made them")
-    output.mkdir(parents=True, exist_ok=True)
     head = {"settings": settings, "versions": {
         "python": sys.version.split()[0], "torch": torch.__version__,
         "transformers": transformers.__version__}}
     if not old.exists():
         write_whole(old, json.dumps(head, indent=1) + "\n")
-    return head, {(r["benchmark"], r["problem_id"], r["sample"]) for r in collect(output, sets)}
+    rows = collect(output, sets)
+    return head, {(r["benchmark"], r["problem_id"], r["sample"]) for r in rows}, lock
 
 
 def summarise(rows, k):
@@ -281,16 +289,15 @@ def measure(cfg):
     rank, world, device = setup()
     tokenizer, context = load_tokenizer(cfg)
     sets, output = load_sets(cfg, tokenizer, context), Path(cfg.output or "runs/eval")
-    opened = problem = None
+    head = done = lock = problem = None
     if rank == 0:
         try:
-            opened = open_output(cfg, sets, output)
+            head, done, lock = open_output(cfg, sets, output)    # held until the process ends
         except InputError as error:                      # every rank must leave, not rank 0 alone
             problem = str(error)
-    (opened, problem) = gather((opened, problem))[0]
+    head, done, problem = gather((head, done, problem))[0]
     if problem:
         raise InputError(problem)
-    head, done = opened
     ids = {name: [p["id"] for p in problems] for name, (problems, k) in sets.items()}
     plan = [chunk for chunk in chunks(sets, world, cfg.rollout_batch)
             if any((name, ids[name][i], j) not in done for name, i, j in chunk)][rank::world]
@@ -324,6 +331,7 @@ def measure(cfg):
     gather(None)                                         # every part is whole
     if rank == 0:
         rows = collect(output, sets)
+        assert len(rows) == sum(len(problems) * k for problems, k in sets.values())
         results = {name: summarise([r for r in rows if r["benchmark"] == name], k)
                    for name, (problems, k) in sets.items()}
         if len(results) > 1:
@@ -333,3 +341,394 @@ def measure(cfg):
         print(table(results))
 
 
+# ------------------------------------------------------------------------------------------------
+# 2. The PMI view: one page, everything in it, nothing fetched
+# ------------------------------------------------------------------------------------------------
+
+LEVELS, U_MAX = 8, 4.0                                   # shades on each side; the darkest, in nats
+CAP_U = math.log(2**0.05 - 1)                            # below it -phi(u) > 95% of log(2)/2
+STYLE = """
+:root{color-scheme:light dark;--page:#fcfcfa;--ink:#1c1e22;--soft:#666b75;--line:#dcddd8;
+--blue:#4f97e8;--red:#ee6a5f;--card:#fff}
+@media(prefers-color-scheme:dark){:root{--page:#15171b;--ink:#e6e6e3;--soft:#9a9fa9;--line:#33373e;
+--blue:#2f74c9;--red:#c8453c;--card:#1e2126}}
+*{box-sizing:border-box}body{margin:0 auto;max-width:1080px;padding:32px 20px 120px;
+background:var(--page);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
+h1{font-size:27px;line-height:1.2;font-weight:650;letter-spacing:-.01em;margin:0 0 10px}
+h2{font-size:17px;font-weight:650;margin:38px 0 10px}p{max-width:72ch;margin:0 0 12px}
+.soft,figcaption,summary span{color:var(--soft);font-size:14px}b.n{color:var(--blue)}
+b.p{color:var(--red)}.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(118px,1fr));
+gap:14px 20px;margin:24px 0;padding:16px 0;border:solid var(--line);border-width:1px 0}
+.facts b{display:block;font-size:22px;font-weight:600;line-height:1.25}
+.facts span{color:var(--soft);font-size:13px;line-height:1.3;display:block}
+.scale{display:flex;max-width:430px;height:12px;margin-top:14px}.scale i{flex:1}
+.ends{display:flex;justify-content:space-between;max-width:430px;font-size:13px;color:var(--soft)}
+details{border-top:1px solid var(--line);padding:10px 0}summary{cursor:pointer}
+summary b{font-weight:600;margin-right:.6em}.y{white-space:pre-wrap;overflow-wrap:anywhere;
+line-height:1.85;margin:10px 0 16px}.y i{font-style:normal;border-radius:3px;padding:2px 0}
+.y i:hover{outline:2px solid var(--ink)}pre{white-space:pre-wrap;overflow-wrap:anywhere;
+font-size:13px;color:var(--soft);margin:8px 0}.grid{display:grid;gap:0 40px;
+grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr));border-top:1px solid var(--line)}
+sub{font-size:.7em;line-height:0}figure{margin:0}
+svg{display:block;width:100%;max-width:440px;font:12px system-ui,sans-serif}svg text{fill:var(--soft)}
+table{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:tabular-nums}
+td,th{text-align:right;padding:3px 0 3px 12px;font-weight:400}th{color:var(--soft)}
+td:first-child,th:first-child{text-align:left;padding:3px 0;font-family:ui-monospace,monospace;
+overflow-wrap:anywhere}td i{display:inline-block;height:9px;border-radius:2px;min-width:2px}
+#card{position:fixed;display:none;background:var(--card);border:1px solid var(--line);z-index:1;
+border-radius:8px;padding:10px 14px;box-shadow:0 6px 24px #0003;font-size:14px;width:190px;
+pointer-events:none}#card b{display:block;font-family:ui-monospace,monospace;overflow:hidden;
+text-overflow:ellipsis;white-space:pre;margin-bottom:4px}#card div{display:flex;
+justify-content:space-between;font-variant-numeric:tabular-nums}
+@media(max-width:600px){body{padding:20px 14px 150px}h1{font-size:22px}
+#card{left:14px!important;right:14px;bottom:14px;top:auto!important;width:auto}}
+""" + "".join(f".{side}{i}{{background:color-mix(in srgb,var(--{name}) {100 * i // LEVELS}%,"
+              "transparent)}" for side, name in (("n", "blue"), ("p", "red"))
+              for i in range(1, LEVELS + 1))
+SCRIPT = """
+const card = document.getElementById("card"),
+  names = ["\u03c0_S", "\u03c0_T", "u, nats", "\u2212\u03c6(u)", "H_S, nats", "H_T, nats"];
+function show(event) {
+  const token = event.target.closest("[data-t]");
+  card.style.display = token ? "block" : "none";
+  if (!token) return;
+  card.replaceChildren(document.createElement("b"));
+  card.firstChild.textContent = token.textContent.replaceAll(" ", "\u2423");
+  token.dataset.t.split(" ").forEach((value, i) => {
+    const row = card.appendChild(document.createElement("div"));
+    for (const text of [names[i], value.replace("-", "\u2212")])
+      row.appendChild(document.createElement("span")).textContent = text;
+  });
+  card.style.left = Math.min(event.clientX + 14, innerWidth - 210) + "px";
+  card.style.top = Math.min(event.clientY + 18, innerHeight - 190) + "px";
+}
+for (const kind of ["pointerover", "click"]) document.addEventListener(kind, show);
+"""
+
+
+def html_page(title, body):
+    return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+            f'content="width=device-width,initial-scale=1"><title>{escape(title)}</title><style>'
+            f'{STYLE}</style></head><body>{body}</body></html>\n')
+
+
+def shade(u):
+    """The class of u's colour: n8 (deep blue) ... n1, none, p1 ... p8 (deep red)."""
+    level = min(LEVELS, round(abs(u) / U_MAX * LEVELS))
+    return f"{'n' if u < 0 else 'p'}{level}" if level else ""
+
+
+def pieces(tokenizer, ids):
+    """Each token's share of the decoded text. Decoded in its neighbourhood: alone, a token loses
+    its leading space in some vocabularies, and half a character has no text at all."""
+    def text(part):
+        return tokenizer.decode(part, clean_up_tokenization_spaces=False)
+
+    out = []
+    for i in range(len(ids)):
+        before, after = text(ids[max(0, i - 6):i]), text(ids[max(0, i - 6):i + 1])
+        same = len(os.path.commonprefix([before, after]))
+        out.append(after[same:])
+    return out
+
+
+def response_html(tokens, values):
+    """tokens: T texts; values: T rows of pi_S, pi_T, u, -phi(u), H_S, H_T."""
+    spans = []
+    for token, row in zip(tokens, values):
+        numbers = "{:.3g} {:.3g} {:+.2f} {:+.3f} {:.2f} {:.2f}".format(*row)
+        spans.append(f'<i class="{shade(row[2])}" data-t="{numbers}">'
+                     + escape(token).replace("\n", "\u21b5\n") + "</i>")
+    return '<div class="y">' + "".join(spans) + "</div>"
+
+
+def heat_map(s, t, bins=32, floor=-4.0):
+    """SVG of how many tokens have each (pi_S, pi_T), both on a logarithmic axis. s, t: (M,)."""
+    place = [((x / math.log(10)).clamp(floor, 0) - floor) / -floor * (bins - 1e-3) for x in (s, t)]
+    cells, counts = torch.stack(place, 1).long().unique(dim=0, return_counts=True)   # (C, 2), (C,)
+    size, left, top, most = 340 / bins, 58, 8, math.log1p(int(counts.max()))
+    out = [f'<rect x="{left}" y="{top}" width="340" height="340" fill="none" '
+           'stroke="var(--line)"/>']
+    for (x, y), n in zip(cells.tolist(), counts.tolist()):
+        colour = "var(--soft)" if x == y else "var(--red)" if y > x else "var(--blue)"
+        out.append(f'<rect x="{left + x * size:.1f}" y="{top + 340 - (y + 1) * size:.1f}" '
+                   f'width="{size:.1f}" height="{size:.1f}" fill="{colour}" fill-opacity="'
+                   f'{0.15 + 0.85 * math.log1p(n) / most:.2f}"><title>{n} tokens</title></rect>')
+    for power in range(int(floor), 1):
+        at = 340 * (power - floor) / -floor
+        label = ("\u2264 " if power == floor else "") + f"{10.0**power:g}"
+        out.append(f'<text x="{left + at:.0f}" y="366" text-anchor="middle">{label}</text>'
+                   f'<text x="{left - 7}" y="{top + 344 - at:.0f}" text-anchor="end">{label}</text>')
+    out.append(f'<line x1="{left}" y1="{top + 340}" x2="{left + 340}" y2="{top}" '
+               'stroke="var(--soft)" stroke-dasharray="3 4"/>'
+               f'<text x="{left + 14}" y="{top + 24}">teacher surer, u &gt; 0</text>'
+               f'<text x="{left + 326}" y="{top + 326}" text-anchor="end">student surer, u &lt; 0'
+               f'</text><text x="{left + 170}" y="388" text-anchor="middle">\u03c0_S</text>'
+               f'<text x="8" y="{top + 174}">\u03c0_T</text>')
+    return f'<svg viewBox="0 0 410 394" role="img">{"".join(out)}</svg>'
+
+
+def token_table(words, largest, title):
+    """HTML table of (token, mean u, count); bars in proportion to |mean u| / largest."""
+    marks = str.maketrans({" ": "\u2423", "\n": "\u21b5"})
+    rows = "".join(
+        f"<tr><td>{escape(word.translate(marks))}</td><td><i class"
+        f'="{"n" if u < 0 else "p"}{LEVELS}" style="width:{70 * abs(u) / largest:.0f}px"></i></td>'
+        f"<td>{u:+.2f}</td><td>{n}</td></tr>" for word, u, n in words)
+    return (f"<div><h2>{title}</h2><table><tr><th>token</th><th></th><th>mean u</th><th>count</th>"
+            f"</tr>{rows}</table></div>")
+
+
+def pmi_page(rollouts, tokens, values, sources, views, heading):
+    """The whole page. tokens: per response its T token texts; values: per response (T, 6) of pi_S,
+    pi_T, u, -phi(u), H_S, H_T; sources and views: what c was, and the teacher's prompt as text."""
+    every = torch.cat(values)                                                        # (M, 6)
+    u, total = every[:, 2], len(every)
+    groups = {}
+    for text, row in zip((word for part in tokens for word in part), u.tolist()):
+        groups.setdefault(text, []).append(row)
+    least = max(2, total // 5000)                        # a token seen once has no mean
+    words = sorted(((w, statistics.fmean(v), len(v)) for w, v in groups.items()
+                    if w.strip() and len(v) >= least), key=lambda row: row[1])
+    low = [w for w in words if w[1] < 0][:14]
+    high = [w for w in reversed(words) if w[1] > 0][:14]
+    largest = max([abs(w[1]) for w in low + high], default=1.0)
+    facts = [(f"{total:,}", "tokens"), (f"{(u < 0).float().mean():.1%}", "have u &lt; 0"),
+             (f"{(u <= CAP_U).float().mean():.1%}", f"at the cap, u &lt; {CAP_U:.1f}"),
+             (f"{u.mean():+.3f}", "mean u, nats"),
+             (f"{every[:, 4].mean():.3f}", "student's entropy, nats"),
+             (f"{every[:, 5].mean():.3f}", "teacher's entropy, nats"),
+             (f"{statistics.fmean(r.reward for r in rollouts):.0%}",
+              f"of {len(rollouts)} responses correct")]
+    facts = "".join(f"<div><b>{value}</b><span>{name}</span></div>" for value, name in facts)
+    scale = "".join(f'<i class="{shade(U_MAX * i / LEVELS)}"></i>'
+                    for i in range(-LEVELS, LEVELS + 1))
+    shown = []
+    for i, (r, part, rows) in enumerate(zip(rollouts, tokens, values)):
+        shown.append(
+            f"<details{' open' * (i < 2)}><summary><b>Problem {r.problem['id']}, "
+            f"{'correct' if r.reward else 'wrong'}</b><span>{len(part)} tokens"
+            f"{', truncated' * r.truncated}, mean u {rows[:, 2].mean():+.3f}, c: {sources[i]}"
+            f"</span></summary>{response_html(part, rows.tolist())}<details><summary><span>What "
+            f"the teacher read</span></summary><pre>{escape(views[i])}</pre></details></details>")
+    body = f"""<h1>What changes once the solution is known</h1><p class=soft>{escape(heading)}</p>
+<p>The same network scores each token of its own response twice: as the student (<var>\u03c0</var>
+<sub>S</sub>), and as a teacher that has also read a solution (<var>\u03c0</var><sub>T</sub>).
+<var>u</var> = log <var>\u03c0</var><sub>T</sub> \u2212 log <var>\u03c0</var><sub>S</sub>.
+<b class=n>Blue</b>: knowing the solution, one would hardly say it; deliberation, which AntiSD raises,
+by at most 0.35. <b class=p>Red</b>: the solution gives it away; a shortcut, which AntiSD lowers.</p>
+<div class=scale>{scale}</div><div class=ends><span>u \u2264 \u2212{U_MAX:g}</span><span>0</span>
+<span>u \u2265 +{U_MAX:g} nats</span></div><div class=facts>{facts}</div>
+<p class=soft>Point at a token, or tap it.</p>{''.join(shown[:2])}
+<div class=grid><figure><h2>Where the tokens lie</h2>{heat_map(*every[:, :2].log().T)}
+<figcaption>Depth: logarithm of the number of tokens.</figcaption></figure>
+{token_table(low, largest, 'Lowest mean u')}{token_table(high, largest, 'Highest mean u')}</div>
+<p class=soft>Tokens that occur at least {least} times.</p>
+<h2>More responses</h2>{''.join(shown[2:])}<div id="card"></div><script>{SCRIPT}</script>"""
+    return html_page("PMI view", body)
+
+
+def view_pmi(cfg):
+    """Samples responses, scores them under both prompts as train() does, writes the page."""
+    rank, world, device = setup()
+    if world > 1:
+        raise InputError("--pmi runs on one process: start it without torchrun")
+    tokenizer, context = load_tokenizer(cfg)
+    cfg = dataclasses.replace(cfg, limit=cfg.limit or 16, samples=cfg.group_size)
+    problems = [p for part, k in load_sets(cfg, tokenizer, context).values() for p in part]
+    policy = load_policy(cfg, tokenizer, compute_dtype(cfg, device)).to(device)
+    torch.manual_seed(cfg.seed)
+    rollouts = roll_out(policy, tokenizer, problems, cfg.group_size, max_tokens=cfg.max_tokens,
+                        temperature=cfg.temperature, top_p=cfg.top_p,
+                        rollout_batch=cfg.rollout_batch)
+    views, sources = teacher_prompts(tokenizer, rollouts, cfg, context - cfg.max_tokens, 0)
+    responses = [r.ids for r in rollouts]
+    s, entropy_s = score(policy, [r.problem["prompt"] for r in rollouts], responses,
+                         cfg.micro_tokens, cfg.temperature)                          # (N, T)
+    t, entropy_t = score(policy, views, responses, cfg.micro_tokens, cfg.temperature)
+    u = t - s                                                                        # Eq. (4)
+    values = torch.stack([s.exp(), t.exp(), u, -phi(u), entropy_s, entropy_t], 2).cpu()
+    heading = (f"{cfg.model} on {cfg.data or cfg.benchmarks}: {len(problems)} problems x "
+                     f"{cfg.group_size} responses, temperature {cfg.temperature:g}, top-p "
+                     f"{cfg.top_p:g}, at most {cfg.max_tokens} tokens, seed {cfg.seed}")
+    page = pmi_page(rollouts, [pieces(tokenizer, ids) for ids in responses],
+                    [row[:len(ids)] for row, ids in zip(values, responses)], sources,
+                    [tokenizer.decode(view) for view in views], heading)
+    output = Path(cfg.output or "pmi.html")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(output, page)
+    print(f"{output}: {len(rollouts)} responses, {sum(map(len, responses))} tokens")
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. The curves of runs
+# ------------------------------------------------------------------------------------------------
+
+PANELS = (("reward", "Reward of the rollouts"), ("eval_accuracy", "Held-out accuracy"),
+          ("teacher_entropy", "Teacher's entropy, nats (dashed: H_warm; bar: gate shut)"),
+          ("student_entropy", "Student's entropy, nats"), ("length", "Response length, tokens"),
+          ("lam", "Lambda"))
+SVG_STYLE = """svg{font:13px system-ui,sans-serif}text{fill:#666b75}.axis{stroke:#dcddd8;stroke-width:1}
+.t{fill:#1c1e22;font-weight:600}path{fill:none;stroke-width:1.8}.raw{stroke-width:1;opacity:.3}
+.band{opacity:.18;stroke:none}.warm{stroke-width:1.2;stroke-dasharray:5 4}
+.page{fill:#fcfcfa}@media(prefers-color-scheme:dark){text{fill:#9a9fa9}
+.axis{stroke:#33373e}.t{fill:#e6e6e3}.page{fill:#15171b}}""" + "".join(
+    f".a{i}{{stroke:{colour}}}.f{i}{{fill:{colour}}}" for i, colour in enumerate(
+        ("#8a8f98", "#3b82d6", "#e0604f", "#3f9e6b", "#a06ad0", "#d08b26", "#2aa3ad", "#c75d9b")))
+
+
+def load_runs(folders):
+    """{arm: [rows of metrics.jsonl of each of its seeds]}. An arm is a method and whatever flags
+    differ between the runs besides seed and machine."""
+    runs = []
+    for folder in map(Path, folders):
+        try:
+            flags = json.loads((folder / "config.json").read_text())["flags"]
+            lines = (folder / "metrics.jsonl").read_text().splitlines()
+        except FileNotFoundError as error:
+            raise InputError(f"--curves {folder}: no {Path(error.filename).name} there") from None
+        runs.append((flags, [json.loads(line) for line in lines]))
+    free = ("seed", "output", "method", "steps", "resume", "tracker", "save_every", "keep",
+            "sample_every", "micro_tokens", "rollout_batch", "eval_every")
+    differ = [k for k in runs[0][0] if k not in free
+              and len({json.dumps(flags.get(k)) for flags, rows in runs}) > 1]
+    arms = {}
+    for flags, rows in runs:
+        label = " ".join([flags["method"], *(f"{k}={flags.get(k)}" for k in differ)])
+        arms.setdefault(label, []).append(rows)
+    return dict(sorted(arms.items(), key=lambda arm: not arm[0].startswith("grpo")))
+
+
+def trace(rows, key):
+    return {row["step"]: row[key] for row in rows if row.get(key) is not None}
+
+
+def pooled(traces, pool=statistics.fmean):
+    """Seeds of one arm -> one curve, over the steps that all of them have."""
+    steps = set.intersection(*map(set, traces)) if traces else set()
+    return {step: pool([t[step] for t in traces]) for step in sorted(steps)}
+
+
+def rolling(values, width=20):
+    """The mean over the last `width` steps, as in the paper's Figure 4."""
+    steps = list(values)
+    return {step: statistics.fmean(values[at] for at in steps[max(0, i - width + 1):i + 1])
+            for i, step in enumerate(steps)}
+
+
+def compare(arms):
+    """{arm: seeds, best held-out accuracy and its step, the last one, speed-up}. Speed-up is the
+    paper's: GRPO's best step / the first step at which the arm reaches GRPO's best."""
+    curves = {arm: pooled([trace(rows, "eval_accuracy") for rows in runs])
+              for arm, runs in arms.items()}
+    grpo = next((curves[arm] for arm in arms if arm.startswith("grpo")), {})
+    goal = max(grpo.values(), default=math.inf)
+    rows = {}
+    for arm, curve in curves.items():
+        best = max(curve, key=curve.get, default=None)       # the first of equals
+        reached = next((step for step, value in curve.items() if value >= goal), None)
+        rows[arm] = {"seeds": len(arms[arm]), "best": curve.get(best), "best_step": best,
+                     "final": list(curve.values())[-1] if curve else None,
+                     "speed_up": max(grpo, key=grpo.get) / reached if reached else None}
+    return rows
+
+
+def ticks(low, high):
+    """About four round numbers from low to high."""
+    high = high if high > low else low + 1.0             # a flat trace
+    raw = (high - low) / 4
+    power = 10.0**math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    return [i * step for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
+
+
+def panel(arms, key, title, x, y):
+    """One plot as a nested <svg> at (x, y), 470 x 260: raw traces faded, their rolling mean, the
+    range over seeds as a band. Held-out accuracy and the gate's steps are drawn as they are."""
+    smooth = dict if key in ("eval_accuracy", "lam") else rolling
+    traces = {arm: [trace(rows, key) for rows in runs if trace(rows, key)]
+              for arm, runs in arms.items()}
+    h_warm = {arm: trace(runs[0], "h_warm") for arm, runs in arms.items()
+              if key == "teacher_entropy" and traces[arm]}
+    values = [v for t in [*sum(traces.values(), []), *h_warm.values()] for v in t.values()]
+    last = max((step for t in sum(traces.values(), []) for step in t), default=0) or 1
+    zero = [0.0] if key in ("reward", "lam") else []
+    marks = ticks(min(values + zero, default=0.0), max(values + zero, default=1.0))
+
+    def at(step, value):
+        return (f"{52 + 400 * step / last:.1f},"
+                f"{226 - 186 * (value - marks[0]) / (marks[-1] - marks[0]):.1f}")
+
+    def path(points, style):
+        return f'<path class="{style}" d="M{"L".join(at(*point) for point in points)}"/>'
+
+    out = [f'<text class="t" x="6" y="20">{title}</text>']
+    for mark in marks:
+        height = at(0, mark).split(",")[1]
+        out.append(f'<line class="axis" x1="52" x2="452" y1="{height}" y2="{height}"/>'
+                   f'<text x="46" y="{float(height) + 4:.0f}" text-anchor="end">{mark:.4g}</text>')
+    out += [f'<text x="{52 + 400 * mark / last:.0f}" y="252" text-anchor="middle">{mark:g}</text>'
+            for mark in ticks(0, last) if mark <= last and mark == int(mark)]
+    for i, (arm, part) in enumerate(traces.items()):
+        curves = [smooth(t) for t in part]
+        mean = pooled(curves).items()
+        if smooth is rolling:
+            out += [path(t.items(), f"raw a{i % 8}") for t in part]
+        if len(curves) > 1:
+            edge = [*pooled(curves, max).items(), *list(pooled(curves, min).items())[::-1]]
+            out.append(path(edge, f"band f{i % 8}"))
+        if mean:
+            out.append(path(mean, f"a{i % 8}"))
+        if h_warm.get(arm):
+            out.append(path(h_warm[arm].items(), f"warm a{i % 8}"))
+            shut = [row["step"] for rows in arms[arm] for row in rows
+                    if row.get("h_warm") is not None and row["gate"] == 0]
+            out += [f'<rect class="f{i % 8}" x="{at(step, 0).split(",")[0]}" y="{228 + 3 * i}" '
+                    f'height="3" width="{400 / last:.2f}" opacity="{1 / len(arms[arm]):.2f}"/>'
+                    for step in shut]
+    return (f'<svg x="{x}" y="{y}" width="470" height="260" viewBox="0 0 470 260">'
+            + "".join(out) + "</svg>")
+
+
+def draw_curves(cfg):
+    """Prints the table and writes the picture: one .svg, or an .html page that fits a phone."""
+    arms = load_runs(cfg.curves)
+    lines, names = [["arm", "seeds", "best held-out", "at step", "final", "speed-up"]], []
+    for i, (arm, row) in enumerate(compare(arms).items()):
+        best, final = ("-" if row[key] is None else f"{100 * row[key]:.1f}"
+                       for key in ("best", "final"))
+        speed = f"{row['speed_up']:.1f}x" if row["speed_up"] else "-"
+        lines.append([arm, str(row["seeds"]), best, str(row["best_step"]), final, speed])
+        note = "1 seed" if row["seeds"] == 1 else f"{row['seeds']} seeds"
+        names.append((f"f{i % 8}", escape(f"{arm} ({note}{f', {speed}' if speed != '-' else ''})")))
+    print(align(lines))
+    output = Path(cfg.output or "curves.svg")
+    plots = [panel(arms, key, title, 480 * (i % 2), 44 + 272 * (i // 2))
+             for i, (key, title) in enumerate(PANELS)]
+    if output.suffix == ".html":
+        legend = " ".join(f'<svg class=key viewBox="0 0 12 12"><circle class="{style}" cx="6" cy="6" '
+                          f'r="5"/></svg>{name}' for style, name in names)
+        page = html_page("Curves", f"<style>{SVG_STYLE}.key{{display:inline;width:12px;margin:0 6px "
+                         f"0 14px}}</style><p>{legend}</p><div class=grid>{''.join(plots)}</div>")
+    else:
+        x, legend = 8, []
+        for style, name in names:
+            legend.append(f'<circle class="{style}" cx="{x + 6}" cy="24" r="5"/>'
+                          f'<text x="{x + 17}" y="29">{name}</text>')
+            x += 40 + 7 * len(name)
+        page = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 870"><style>'
+                f'{SVG_STYLE}</style><rect class="page" width="960" height="870"/>'
+                + "".join(legend + plots) + "</svg>\n")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(output, page)
+    print(f"speed-up: GRPO's best step / the first step at which the arm reaches GRPO's best\n"
+          f"{output} holds the picture")
+
+
+def run():
+    cfg = parse_config(kind=EvalConfig, text=__doc__)
+    (draw_curves if cfg.curves else view_pmi if cfg.pmi else measure)(cfg)
+
+
+if __name__ == "__main__":
+    main(run)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")             # nothing here may reach the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                  # the claims are exact on the CPU
 
 import datasets
 import pytest
@@ -45,7 +46,8 @@ CPU = torch.device("cpu")
 # Many of them carry a box, so that a random model earns a reward now and then.
 PHRASES = [f"{word} \\boxed{{{n}}}" for word in ("so", "thus", "hence", "then") for n in (0, 1)]
 TEMPLATE = ("{% for m in messages %}<user> {{ m['content'] }} <end> {% endfor %}"
-            "{% if add_generation_prompt %}<assistant> {% if think %}<think> {% endif %}{% endif %}")
+            "{% if add_generation_prompt %}<assistant> {% endif %}"
+            "{% if add_generation_prompt and think %}<think> {% endif %}")
 
 
 def make_tokenizer():
@@ -617,7 +619,10 @@ SCHEMAS = {   # rows -> (problem, answer, solution)
                    "reward_model": {"ground_truth": "34", "style": "rule"}} for i in range(3)],
                  [("What is\n\n$x$?", "34", None)]),
     "chat": ([{"prompt": [{"role": "system", "content": "be good"},
-                          {"role": "user", "content": "p"}], "Answer": "3"}], [("p", "3", None)]),
+                          {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"},
+                          {"role": "user", "content": "p"}, {"role": "assistant", "content": "L"}],
+               "Answer": "3"}],
+             [("p", "3", None)]),
     "merged": ([{"problem": p, "answer": a} for p, a in ["p1", "q2", "p3", "r4"]],
                [("p", "1", None), ("q", "2", None), ("r", "4", None)]),
 }
@@ -673,9 +678,9 @@ def test_both_prompts_word_for_word():
     assert antisd.student_messages("What is 1 + 1?") == [{"role": "user", "content": student}]
     for correct, verdict in (False, "incorrect"), (True, "correct"):
         assert antisd.teacher_messages("What is 1 + 1?", "It is \\boxed{2}.", correct) == [
-            {"role": "user", "content": student + "\n\nYour previous attempt:\nIt is \\boxed{2}.\n\n"
-             f"Previous assessment: Your answer is {verdict}.\n\nNow solve this problem step by "
-             "step."}]
+            {"role": "user", "content": student + "\n\nYour previous attempt:\nIt is \\boxed{2}."
+             f"\n\nPrevious assessment: Your answer is {verdict}.\n\nNow solve this problem step "
+             "by step."}]
 
 
 def test_empty_c_is_the_students_prompt():
@@ -748,7 +753,7 @@ def test_a_long_solution_loses_its_head_and_nothing_else():
 
 
 def test_each_row_gets_the_verdict_on_its_own_response(root):
-    group = [rollout("so \\boxed{1}", 1.0), rollout("x", 0.0), rollout("n1", 0.0), rollout("n2", 0.0)]
+    group = [rollout("so \\boxed{1}", 1.0), *(rollout(text, 0.0) for text in ("x", "n1", "n2"))]
     prompts, sources = antisd.teacher_prompts(TOKENIZER, group, config(root), 10**6, seed=0)
     assert ["Your answer is incorrect." in words(p) for p in prompts] == [False, True, True, True]
     assert sources == ["solution", "sibling", "answer", "answer"] or sources == [
@@ -984,7 +989,7 @@ def test_a_training_step_equals_algorithm_1_by_hand(root, tmp_path, monkeypatch,
     views = viewed[0][1][0] if viewed else [None] * 8
     objective, us, entropies, count = 0.0, [], [], sum(len(r.ids) for r in rollouts)
     for r, a, view in zip(rollouts, a_seq.flatten(), views, strict=True):
-        logp, entropy = brute_force(model, r.problem["prompt"], r.ids, temperature)
+        logp, _ = brute_force(model, r.problem["prompt"], r.ids, temperature)
         s, delta = logp.detach(), 0.0
         if view:
             t, h = brute_force(model, view, r.ids, temperature)
@@ -1010,6 +1015,15 @@ def test_a_training_step_equals_algorithm_1_by_hand(root, tmp_path, monkeypatch,
         assert row["teacher_entropy"] == pytest.approx(h.mean().item(), rel=1e-4)
     else:
         assert row["u_mean"] is None and row["context/sibling"] == 0
+
+
+def test_rollouts_of_a_step_are_drawn_at_the_flags_temperature(root, tmp_path, monkeypatch):
+    """So cold that it is greedy."""
+    rolled = spy(monkeypatch, "roll_out")
+    run(root, tmp_path, method="grpo", temperature=1e-4)
+    model = AutoModelForCausalLM.from_pretrained(root / "qwen3")
+    for r in rolled[0][1]:
+        assert r.ids == cut(argmax_decode(model, r.problem["prompt"], 12), [END])
 
 
 def test_warm_up_steps_are_grpos_bit_for_bit_and_the_next_one_is_not(root, tmp_path):
@@ -1077,24 +1091,26 @@ def test_sigterm_saves_and_resume_continues_bit_for_bit(root, tmp_path, monkeypa
     assert same(weights(tmp_path / "whole/model"), weights(tmp_path / "parts/model"))
 
 
-def test_a_damaged_checkpoint_is_refused_and_the_older_one_named(root, tmp_path):
-    flags = dict(steps=2, save_every=1)
+def test_two_checkpoints_are_kept_and_a_damaged_one_is_refused_with_the_older_named(root, tmp_path):
+    flags = dict(steps=3, save_every=1)
     run(root, tmp_path, **flags)
-    shard = next((tmp_path / "checkpoints/step-000002").glob("__0_*"))
+    older, newest = antisd.checkpoints(tmp_path)
+    assert (older.name, newest.name) == ("step-000002", "step-000003")
+    shard = next(newest.glob("__0_*"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1                      # one bit
     shard.write_bytes(content)
-    with pytest.raises(antisd.InputError, match="damaged.*step-000001"):
-        run(root, tmp_path, **flags | dict(steps=3, resume=True))
+    with pytest.raises(antisd.InputError, match="damaged.*step-000002"):
+        run(root, tmp_path, **flags | dict(steps=4, resume=True))
 
 
 def test_init_from_keeps_weights_and_data_position_and_starts_step_and_gate_anew(root, tmp_path,
                                                                                  monkeypatch):
-    run(root, tmp_path / "grpo", method="grpo", steps=2, save_every=2, lr=1e-2)
+    run(root, tmp_path / "first", warmup_steps=1, steps=2, save_every=2, lr=1e-2)
     asked = spy(monkeypatch, "next_problems")
-    rows = run(root, tmp_path / "antisd", init_from=str(tmp_path / "grpo"), lr=0.0, weight_decay=0.0,
-               warmup_steps=1)
-    assert same(weights(tmp_path / "grpo/model"), weights(tmp_path / "antisd/model"))
+    rows = run(root, tmp_path / "antisd", init_from=str(tmp_path / "first"), lr=0.0,
+               weight_decay=0.0, warmup_steps=1)
+    assert same(weights(tmp_path / "first/model"), weights(tmp_path / "antisd/model"))
     assert [args[1] for args, _ in asked] == [8]         # 2 steps x 4 problems were used up
     assert rows[0]["step"] == 0 and rows[0]["h_warm"] == pytest.approx(rows[0]["teacher_entropy"])
 
@@ -1102,8 +1118,8 @@ def test_init_from_keeps_weights_and_data_position_and_starts_step_and_gate_anew
 def test_records_of_a_run_are_complete_and_valid_json(root, tmp_path):
     nasty = NASTY + " \u2028 \" \' </s>"
     data = write(tmp_path / "nasty.jsonl", [{"problem": nasty, "answer": "1", "solution": nasty}])
-    rows = run(root, tmp_path / "run", dataset=data, eval_dataset=str(root / "train.jsonl"), steps=2,
-               sample_every=1, warmup_lr_steps=4)
+    rows = run(root, tmp_path / "run", dataset=data, eval_dataset=str(root / "train.jsonl"),
+               steps=2, sample_every=1, warmup_lr_steps=4)
     assert [row["step"] for row in rows] == [0, 1, 2]    # the last one is the evaluation at the end
     for row in rows[:2]:
         assert set(KEYS) <= set(row)
@@ -1182,7 +1198,11 @@ def worker(root):
     results = {name: run_case(root, name) for name in CASES if name != "two updates"}
     results["evaluation"] = greedy_evaluation(root)
     rolled, original = [], antisd.roll_out
-    antisd.roll_out = lambda *args, **options: rolled.append(original(*args, **options)) or rolled[-1]
+
+    def kept(*args, **options):
+        rolled.append(original(*args, **options))
+        return rolled[-1]
+    antisd.roll_out = kept
     for kind in KINDS:
         antisd.train(config(root, model=str(root / kind), output=str(root / "two" / kind),
                             **NO_WARMUP))
@@ -1197,8 +1217,8 @@ def worker(root):
 
 @pytest.fixture(scope="session")
 def two_ranks(root):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               __file__, str(root)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc-per-node", "2", __file__, str(root)]
     ended = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=300,
                            env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert ended.returncode == 0, ended.stderr[-4000:]
@@ -1273,7 +1293,8 @@ def refuse(call, *fragments):
 
 @pytest.mark.parametrize("arguments, fragments", [
     ("", ["--model"]), ("--model m --method dpo", ["dpo", "antisd_kl"]),
-    ("--model m --group_size 1", ["--group_size"]), ("--model m --temperature 0", ["--temperature"]),
+    ("--model m --group_size 1", ["--group_size"]),
+    ("--model m --temperature 0", ["--temperature"]),
     ("--model m --temperature nan", ["--temperature"]), ("--model m --lam nan", ["--lam"]),
     ("--model m --lamb 0.3", ["--lamb"]), ("--model m --max_token 3", ["--max_token"]),
     ("--model m --steps many", ["--steps", "many"]), ("--model m --steps 0", ["--steps"]),
@@ -1296,11 +1317,11 @@ def test_flags_take_both_spellings_and_files_with_comments(tmp_path):
             found = getattr(antisd.parse_config(["--model", "m", *arguments]), field.name)
             assert found == (True if field.type is bool else given)
     file = tmp_path / "run.args"
-    file.write_text("# a comment\n--model 'two words'  # and another\n\n--lam 0.25 --max-tokens 7\n")
+    file.write_text("# a comment\n--model 'two words'  # another\n\n--lam 0.25 --max-tokens 7\n")
     cfg = antisd.parse_config([f"@{file}", "--seed", "4"])
     assert (cfg.model, cfg.lam, cfg.max_tokens, cfg.seed) == ("two words", 0.25, 7, 4)
     file.write_text("--output don't\n")
-    refuse(lambda: antisd.parse_config([f"@{file}"]), "run.args")
+    refuse(lambda: antisd.parse_config([f"@{file}"]), "don't")
 
 
 def test_defaults_are_the_papers():
@@ -1355,8 +1376,9 @@ def importable(name):
 
 
 def test_long_problems_are_dropped_and_counted(root, tmp_path, capsys):
-    data = write(tmp_path / "d.jsonl", [{"problem": p, "answer": "1"} for p in ("a", "a " * 90, "b")])
-    _, problems, held_out, longest = antisd.prepare(config(root, dataset=data, max_prompt_tokens=50), 1)
+    rows = [{"problem": p, "answer": "1"} for p in ("a", "a " * 90, "b")]
+    cfg = config(root, dataset=write(tmp_path / "d.jsonl", rows), max_prompt_tokens=50)
+    _, problems, held_out, longest = antisd.prepare(cfg, 1)
     assert [p["problem"] for p in problems] == ["a", "b"] and held_out == []
     assert "1 of 3" in capsys.readouterr().out
     assert longest == 512 - 12
@@ -1380,7 +1402,7 @@ def test_the_command_prints_one_line_and_exits_with_2(root, weightless, tmp_path
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
                for flags, _ in cases]
     for process, (_, fragment) in zip(started, cases):
-        out, error = process.communicate(timeout=120)
+        _, error = process.communicate(timeout=120)
         assert process.returncode == 2 and len(error.splitlines()) == 1
         assert error.startswith("antisd.py: error: ") and fragment in error
 
@@ -1393,7 +1415,7 @@ def test_the_command_prints_one_line_and_exits_with_2(root, weightless, tmp_path
 def named(*names):
     """How often a name is used in code (comments and docstrings do not count)."""
     return sum(getattr(node, "attr", getattr(node, "id", None)) in names
-               for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, (ast.Attribute, ast.Name)))
+               for node in ast.walk(ast.parse(SOURCE)))
 
 
 def test_one_log_softmax_and_one_template():
