@@ -51,7 +51,6 @@ import subprocess
 import sys
 import threading
 import time
-import unicodedata
 import zlib
 from contextlib import contextmanager
 from fractions import Fraction
@@ -1670,7 +1669,8 @@ def train(cfg):
 
         row |= summary(batch, cfg) | {
             "gate": gate.g, "h_warm": gate.h_warm, "lam": lam, "loss": loss, "grad_norm": norm,
-            "lr": optimizer.param_groups[0]["lr"], "skipped_updates": now["skipped_updates"]}
+            "lr": optimizer.param_groups[0]["lr"], "skipped_updates": now["skipped_updates"],
+            "grader/timeouts": sum(gather(grader_timeouts()))}
         if failures == 3 or cfg.save_every and now["step"] % cfg.save_every == 0:
             with phase("save", seconds):
                 save_checkpoint(run, policy, optimizer, now, cfg.keep)
