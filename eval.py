@@ -69,7 +69,7 @@ class EvalConfig:
     output: str = flag("", "folder of the results, or the page's file [runs/eval, pmi.html, "
                        "curves.svg]")
     pmi: bool = flag(False, "write a page that shows every token's u = log pi_T - log pi_S")
-    curves: list = flag((), "run folders to compare: a table, and a picture (.svg or .html)")
+    curves: list = flag((), "run folders to compare: a table, and an SVG picture")
     rollout_batch: int = flag(64, "responses decoded at once on a rank; what a kill can cost",
                               least=1)
     micro_tokens: int = flag(16384, "tokens of one scoring micro-batch (--pmi)", least=1)
@@ -260,13 +260,13 @@ def average(scores):
     return row | {"error": math.hypot(*(s["error"] for s in scores)) / len(scores)}
 
 
+def percent(value):
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
 def table(results):
     """Text: shares in percent, +- is the standard error over problems."""
     ks = sorted({k for row in results.values() for k in row["pass"]})
-
-    def percent(value):
-        return "-" if value is None else f"{100 * value:.1f}"
-
     lines = [["benchmark", "n", "k", "avg@k", *(f"pass@{k}" for k in ks), "truncated",
               "avg, complete", "no answer", "length", "tok/s/rank"]]
     for name, r in results.items():
@@ -406,12 +406,6 @@ for (const kind of ["pointerover", "click"]) document.addEventListener(kind, sho
 """
 
 
-def html_page(title, body):
-    return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-            f'content="width=device-width,initial-scale=1"><title>{escape(title)}</title><style>'
-            f'{STYLE}</style></head><body>{body}</body></html>\n')
-
-
 def shade(u):
     """The class of u's colour: n8 (deep blue) ... n1, none, p1 ... p8 (deep red)."""
     level = min(LEVELS, round(abs(u) / U_MAX * LEVELS))
@@ -511,7 +505,9 @@ def pmi_page(rollouts, tokens, values, sources, views, heading):
             f"{', truncated' * r.truncated}, mean u {rows[:, 2].mean():+.3f}, c: {sources[i]}"
             f"</span></summary>{response_html(part, rows.tolist())}<details><summary><span>What "
             f"the teacher read</span></summary><pre>{escape(views[i])}</pre></details></details>")
-    body = f"""<h1>What changes once the solution is known</h1><p class=soft>{escape(heading)}</p>
+    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>PMI view</title>
+<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head><body>
+<h1>What changes once the solution is known</h1><p class=soft>{escape(heading)}</p>
 <p>The same network scores each token of its own response twice: as the student (<var>\u03c0</var>
 <sub>S</sub>), and as a teacher that has also read a solution (<var>\u03c0</var><sub>T</sub>).
 <var>u</var> = log <var>\u03c0</var><sub>T</sub> \u2212 log <var>\u03c0</var><sub>S</sub>.
@@ -524,8 +520,8 @@ by at most 0.35. <b class=p>Red</b>: the solution gives it away; a shortcut, whi
 <figcaption>Depth: logarithm of the number of tokens.</figcaption></figure>
 {token_table(low, largest, 'Lowest mean u')}{token_table(high, largest, 'Highest mean u')}</div>
 <p class=soft>Tokens that occur at least {least} times.</p>
-<h2>More responses</h2>{''.join(shown[2:])}<div id="card"></div><script>{SCRIPT}</script>"""
-    return html_page("PMI view", body)
+<h2>More responses</h2>{''.join(shown[2:])}<div id="card"></div><script>{SCRIPT}</script></body></html>
+"""
 
 
 def view_pmi(cfg):
@@ -691,34 +687,26 @@ def panel(arms, key, title, x, y):
 
 
 def draw_curves(cfg):
-    """Prints the table and writes the picture: one .svg, or an .html page that fits a phone."""
+    """Prints the table of `compare` and writes the picture, one self-contained SVG."""
     arms = load_runs(cfg.curves)
     lines, names = [["arm", "seeds", "best held-out", "at step", "final", "speed-up"]], []
-    for i, (arm, row) in enumerate(compare(arms).items()):
-        best, final = ("-" if row[key] is None else f"{100 * row[key]:.1f}"
-                       for key in ("best", "final"))
+    for arm, row in compare(arms).items():
         speed = f"{row['speed_up']:.1f}x" if row["speed_up"] else "-"
-        lines.append([arm, str(row["seeds"]), best, str(row["best_step"]), final, speed])
+        lines.append([arm, str(row["seeds"]), percent(row["best"]), str(row["best_step"]),
+                      percent(row["final"]), speed])
         note = "1 seed" if row["seeds"] == 1 else f"{row['seeds']} seeds"
-        names.append((f"f{i % 8}", escape(f"{arm} ({note}{f', {speed}' if speed != '-' else ''})")))
+        names.append(f"{arm} ({note}{f', {speed}' if speed != '-' else ''})")
     print(align(lines))
     output = Path(cfg.output or "curves.svg")
-    plots = [panel(arms, key, title, 480 * (i % 2), 44 + 272 * (i // 2))
-             for i, (key, title) in enumerate(PANELS)]
-    if output.suffix == ".html":
-        legend = " ".join(f'<svg class=key viewBox="0 0 12 12"><circle class="{style}" cx="6" cy="6" '
-                          f'r="5"/></svg>{name}' for style, name in names)
-        page = html_page("Curves", f"<style>{SVG_STYLE}.key{{display:inline;width:12px;margin:0 6px "
-                         f"0 14px}}</style><p>{legend}</p><div class=grid>{''.join(plots)}</div>")
-    else:
-        x, legend = 8, []
-        for style, name in names:
-            legend.append(f'<circle class="{style}" cx="{x + 6}" cy="24" r="5"/>'
-                          f'<text x="{x + 17}" y="29">{name}</text>')
-            x += 40 + 7 * len(name)
-        page = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 870"><style>'
-                f'{SVG_STYLE}</style><rect class="page" width="960" height="870"/>'
-                + "".join(legend + plots) + "</svg>\n")
+    x, legend = 8, ""
+    for i, name in enumerate(names):
+        legend += (f'<circle class="f{i % 8}" cx="{x + 6}" cy="24" r="5"/>'
+                   f'<text x="{x + 17}" y="29">{escape(name)}</text>')
+        x += 40 + 7 * len(name)
+    page = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 870">'
+            f'<style>{SVG_STYLE}</style><rect class="page" width="960" height="870"/>{legend}'
+            + "".join(panel(arms, key, title, 480 * (i % 2), 44 + 272 * (i // 2))
+                      for i, (key, title) in enumerate(PANELS)) + "</svg>\n")
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, page)
     print(f"speed-up: GRPO's best step / the first step at which the arm reaches GRPO's best\n"

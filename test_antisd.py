@@ -1,4 +1,4 @@
-"""What antisd.py must prove: `python -m pytest -q`, about two minutes, no network, no GPU needed.
+"""What antisd.py must prove: `python -m pytest -q`, about a minute, no network, no GPU needed.
 
 Models here are real Hugging Face models, only tiny and random, with a word-level tokenizer that is
 built below. Wherever possible a test compares with an independent implementation (autograd over an
@@ -13,6 +13,8 @@ import math
 import os
 import random
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -448,6 +450,16 @@ def test_scores_do_not_depend_on_padding_or_micro_batches(kind):
             assert not logp[i, n:].any() and not entropy[i, n:].any()
 
 
+@pytest.mark.parametrize("kind, settings", [
+    ("gpt2", dict(resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)),
+    ("llama", dict(attention_dropout=0.3))])
+def test_dropout_is_off_in_train_mode_too(kind, settings):
+    policy = antisd.Policy(tiny(kind, **settings))
+    rows = [PROMPTS[1]], [list(range(20, 40))]
+    found = antisd.score(policy.train(), *rows, 99)[0], antisd.score(policy.eval(), *rows, 99)[0]
+    torch.testing.assert_close(*found)
+
+
 def test_micro_batches_hold_every_row_once_within_the_budget():
     lengths = [5, 30, 7, 7, 90, 1, 12, 30]
     batches = antisd.micro_batches(lengths, 60)
@@ -500,7 +512,7 @@ def test_greedy_rollouts_equal_a_step_by_step_argmax(kind, seed):
     model.generation_config.eos_token_id = ends
     policy = antisd.Policy(model)
     assert policy.eos_ids == ends
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     expected = [cut(row, ends) for row in references for _ in range(2)]
     for rollout_batch in (0, 2, 5):
         policy.train()
@@ -1091,6 +1103,20 @@ def test_sigterm_saves_and_resume_continues_bit_for_bit(root, tmp_path, monkeypa
     assert same(weights(tmp_path / "whole/model"), weights(tmp_path / "parts/model"))
 
 
+def test_gradient_checkpointing_recomputes_the_layers(root, tmp_path, monkeypatch):
+    """That it changes no result is the case "recomputed layers" above."""
+    forwards = {}
+    for recompute in (False, True):
+        count = forwards.setdefault(recompute, [])
+        layer = type(AutoModelForCausalLM.from_pretrained(root / "qwen3").model.layers[0].mlp)
+        original = layer.forward
+        monkeypatch.setattr(layer, "forward", lambda self, x: (
+            torch.is_grad_enabled() and count.append(1), original(self, x))[1])
+        run(root, tmp_path / str(recompute), gradient_checkpointing=recompute, **NO_WARMUP)
+        monkeypatch.undo()
+    assert len(forwards[True]) == 2 * len(forwards[False]) > 0
+
+
 def test_two_checkpoints_are_kept_and_a_damaged_one_is_refused_with_the_older_named(root, tmp_path):
     flags = dict(steps=3, save_every=1)
     run(root, tmp_path, **flags)
@@ -1113,6 +1139,65 @@ def test_init_from_keeps_weights_and_data_position_and_starts_step_and_gate_anew
     assert same(weights(tmp_path / "first/model"), weights(tmp_path / "antisd/model"))
     assert [args[1] for args, _ in asked] == [8]         # 2 steps x 4 problems were used up
     assert rows[0]["step"] == 0 and rows[0]["h_warm"] == pytest.approx(rows[0]["teacher_entropy"])
+
+
+def test_a_full_disk_costs_one_checkpoint_and_one_line(root, tmp_path, monkeypatch, capsys):
+    """A real write error: this process may write files of at most 4 KB while step 2 is saved."""
+    original, limits = antisd.save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def on_a_full_disk(output, policy, optimizer, now, keep):
+        if now["step"] == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        try:
+            original(output, policy, optimizer, now, keep)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.setattr(antisd, "save_checkpoint", on_a_full_disk)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        run(root, tmp_path, steps=3, save_every=1)
+    finally:
+        signal.signal(signal.SIGXFSZ, ignored)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-000001", "step-000003"]       # and nothing half-written
+    lines = [line for line in capsys.readouterr().out.splitlines() if "no checkpoint" in line]
+    assert len(lines) == 1 and "step 2" in lines[0]
+
+
+def test_three_updates_that_are_not_finite_stop_the_run_with_the_state_saved(root, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(root / "qwen3", dtype="auto")
+    with torch.no_grad():
+        next(model.parameters())[END] = float("nan")     # END stands in every prompt
+    model.save_pretrained(tmp_path / "poisoned")
+    TOKENIZER.save_pretrained(tmp_path / "poisoned")
+    with pytest.raises(antisd.InputError, match="three updates.*up to step 2.*checkpoint: none"):
+        run(root, tmp_path / "run", model=str(tmp_path / "poisoned"), steps=9, sample_every=1)
+    rows = read(tmp_path / "run/metrics.jsonl")
+    assert [row["skipped_updates"] for row in rows] == [1, 2, 3]
+    assert [path.name for path in antisd.checkpoints(tmp_path / "run")] == ["step-000003"]
+    for name in "metrics.jsonl", "samples.jsonl":
+        assert "NaN" not in (tmp_path / "run" / name).read_text()    # JSON has null
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(root, tmp_path):
+    flags = dict(save_every=1, lr=1e-2)
+    run(root, tmp_path / "run", steps=2, **flags)
+    changed = {k: v for k, v in dataclasses.asdict(config(root, **flags)).items()
+               if v != getattr(antisd.Config(model="m"), k)}
+    words = [word for k, v in changed.items() for word in (f"--{k}", str(v))]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               "2", "antisd.py", *words, "--output", str(tmp_path / "run"), "--resume"]
+    for steps in "2", "3":                               # as it was; then a step on two ranks
+        shutil.copytree(tmp_path / "run/model", tmp_path / f"one-{steps}")
+        ended = subprocess.run([*command, "--steps", steps], cwd=HERE, capture_output=True,
+                               text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
+        assert ended.returncode == 0, ended.stderr[-4000:]
+        assert same(weights(tmp_path / f"one-{steps}"), weights(tmp_path / "run/model")) == (
+            steps == "2")
+    shutil.copytree(tmp_path / "run/model", tmp_path / "two")
+    run(root, tmp_path / "run", steps=3, resume=True, **flags)       # exports what it loaded
+    assert same(weights(tmp_path / "two"), weights(tmp_path / "run/model"))
+    assert [row["step"] for row in read(tmp_path / "run/metrics.jsonl")] == [0, 1, 2]
 
 
 def test_records_of_a_run_are_complete_and_valid_json(root, tmp_path):
