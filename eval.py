@@ -91,6 +91,7 @@ class EvalConfig:
             (not self.curves and not self.names and not self.data,
              "nothing to answer: name --benchmarks or --data"),
             (unknown, f"--benchmarks {','.join(unknown)}: choose from {', '.join(BENCHMARKS)}"),
+            (Path(self.data).stem in self.names, "--data has the name of a benchmark: rename it"),
             (not 0 < self.top_p <= 1, "--top_p must be above 0 and at most 1"),
             (not self.temperature and self.samples > 1, "--temperature 0 is greedy: one sample"),
             (not self.temperature and self.pmi, "--pmi draws samples: --temperature above 0"),
@@ -356,8 +357,8 @@ STYLE = """
 background:var(--page);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
 h1{font-size:27px;line-height:1.2;font-weight:650;letter-spacing:-.01em;margin:0 0 10px}
 h2{font-size:17px;font-weight:650;margin:38px 0 10px}p{max-width:72ch;margin:0 0 12px}
-.soft,figcaption,summary span{color:var(--soft);font-size:14px}b.n{color:var(--blue)}
-b.p{color:var(--red)}.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(118px,1fr));
+.soft,figcaption,summary span{color:var(--soft);font-size:14px}p b{font-weight:550;
+padding:1px 5px;border-radius:3px}.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(118px,1fr));
 gap:14px 20px;margin:24px 0;padding:16px 0;border:solid var(--line);border-width:1px 0}
 .facts b{display:block;font-size:22px;font-weight:600;line-height:1.25}
 .facts span{color:var(--soft);font-size:13px;line-height:1.3;display:block}
@@ -440,7 +441,7 @@ def heat_map(s, t, bins=32, floor=-4.0):
     """SVG of how many tokens have each (pi_S, pi_T), both on a logarithmic axis. s, t: (M,)."""
     place = [((x / math.log(10)).clamp(floor, 0) - floor) / -floor * (bins - 1e-3) for x in (s, t)]
     cells, counts = torch.stack(place, 1).long().unique(dim=0, return_counts=True)   # (C, 2), (C,)
-    size, left, top, most = 340 / bins, 58, 8, math.log1p(int(counts.max()))
+    size, left, top, most = 340 / bins, 64, 24, math.log1p(int(counts.max()))
     out = [f'<rect x="{left}" y="{top}" width="340" height="340" fill="none" '
            'stroke="var(--line)"/>']
     for (x, y), n in zip(cells.tolist(), counts.tolist()):
@@ -451,24 +452,24 @@ def heat_map(s, t, bins=32, floor=-4.0):
     for power in range(int(floor), 1):
         at = 340 * (power - floor) / -floor
         label = ("\u2264 " if power == floor else "") + f"{10.0**power:g}"
-        out.append(f'<text x="{left + at:.0f}" y="366" text-anchor="middle">{label}</text>'
+        out.append(f'<text x="{left + at:.0f}" y="384" text-anchor="middle">{label}</text>'
                    f'<text x="{left - 7}" y="{top + 344 - at:.0f}" text-anchor="end">{label}</text>')
     out.append(f'<line x1="{left}" y1="{top + 340}" x2="{left + 340}" y2="{top}" '
                'stroke="var(--soft)" stroke-dasharray="3 4"/>'
                f'<text x="{left + 14}" y="{top + 24}">teacher surer, u &gt; 0</text>'
                f'<text x="{left + 326}" y="{top + 326}" text-anchor="end">student surer, u &lt; 0'
-               f'</text><text x="{left + 170}" y="388" text-anchor="middle">\u03c0_S</text>'
-               f'<text x="8" y="{top + 174}">\u03c0_T</text>')
-    return f'<svg viewBox="0 0 410 394" role="img">{"".join(out)}</svg>'
+               f'</text><text x="{left + 170}" y="402" text-anchor="middle">\u03c0_S</text>'
+               f'<text x="{left - 7}" y="12" text-anchor="end">\u03c0_T</text>')
+    return f'<svg viewBox="0 0 416 408" role="img">{"".join(out)}</svg>'
 
 
 def token_table(words, largest, title):
     """HTML table of (token, mean u, count); bars in proportion to |mean u| / largest."""
-    marks = str.maketrans({" ": "\u2423", "\n": "\u21b5"})
+    marks, minus = str.maketrans({" ": "\u2423", "\n": "\u21b5"}), "\u2212"
     rows = "".join(
         f"<tr><td>{escape(word.translate(marks))}</td><td><i class"
         f'="{"n" if u < 0 else "p"}{LEVELS}" style="width:{70 * abs(u) / largest:.0f}px"></i></td>'
-        f"<td>{u:+.2f}</td><td>{n}</td></tr>" for word, u, n in words)
+        f"<td>{f'{u:+.2f}'.replace('-', minus)}</td><td>{n}</td></tr>" for word, u, n in words)
     return (f"<div><h2>{title}</h2><table><tr><th>token</th><th></th><th>mean u</th><th>count</th>"
             f"</tr>{rows}</table></div>")
 
@@ -484,8 +485,8 @@ def pmi_page(rollouts, tokens, values, sources, views, heading):
     least = max(2, total // 5000)                        # a token seen once has no mean
     words = sorted(((w, statistics.fmean(v), len(v)) for w, v in groups.items()
                     if w.strip() and len(v) >= least), key=lambda row: row[1])
-    low = [w for w in words if w[1] < 0][:14]
-    high = [w for w in reversed(words) if w[1] > 0][:14]
+    low = [w for w in words if w[1] < -0.005][:14]       # what would print as 0.00 is neither
+    high = [w for w in reversed(words) if w[1] > 0.005][:14]
     largest = max([abs(w[1]) for w in low + high], default=1.0)
     facts = [(f"{total:,}", "tokens"), (f"{(u < 0).float().mean():.1%}", "have u &lt; 0"),
              (f"{(u <= CAP_U).float().mean():.1%}", f"at the cap, u &lt; {CAP_U:.1f}"),
@@ -508,11 +509,11 @@ def pmi_page(rollouts, tokens, values, sources, views, heading):
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>PMI view</title>
 <meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head><body>
 <h1>What changes once the solution is known</h1><p class=soft>{escape(heading)}</p>
-<p>The same network scores each token of its own response twice: as the student (<var>\u03c0</var>
-<sub>S</sub>), and as a teacher that has also read a solution (<var>\u03c0</var><sub>T</sub>).
-<var>u</var> = log <var>\u03c0</var><sub>T</sub> \u2212 log <var>\u03c0</var><sub>S</sub>.
-<b class=n>Blue</b>: knowing the solution, one would hardly say it; deliberation, which AntiSD raises,
-by at most 0.35. <b class=p>Red</b>: the solution gives it away; a shortcut, which AntiSD lowers.</p>
+<p>The same network scores each token of its own response twice: as the student
+(\u03c0<sub>S</sub>), and as a teacher that has also read a solution (\u03c0<sub>T</sub>).
+<var>u</var> = log \u03c0<sub>T</sub> \u2212 log \u03c0<sub>S</sub>. <b class=n6>Blue</b>: knowing the
+solution, one would hardly say it; deliberation, which AntiSD raises, by at most 0.35.
+<b class=p6>Red</b>: the solution gives it away; a shortcut, which AntiSD lowers.</p>
 <div class=scale>{scale}</div><div class=ends><span>u \u2264 \u2212{U_MAX:g}</span><span>0</span>
 <span>u \u2265 +{U_MAX:g} nats</span></div><div class=facts>{facts}</div>
 <p class=soft>Point at a token, or tap it.</p>{''.join(shown[:2])}
@@ -534,19 +535,20 @@ def view_pmi(cfg):
     problems = [p for part, k in load_sets(cfg, tokenizer, context).values() for p in part]
     policy = load_policy(cfg, tokenizer, compute_dtype(cfg, device)).to(device)
     torch.manual_seed(cfg.seed)
-    rollouts = roll_out(policy, tokenizer, problems, cfg.group_size, max_tokens=cfg.max_tokens,
-                        temperature=cfg.temperature, top_p=cfg.top_p,
-                        rollout_batch=cfg.rollout_batch)
+    with phase("rollout", {}):
+        rollouts = roll_out(policy, tokenizer, problems, cfg.group_size, max_tokens=cfg.max_tokens,
+                            temperature=cfg.temperature, top_p=cfg.top_p,
+                            rollout_batch=cfg.rollout_batch)
     views, sources = teacher_prompts(tokenizer, rollouts, cfg, context - cfg.max_tokens, 0)
-    responses = [r.ids for r in rollouts]
-    s, entropy_s = score(policy, [r.problem["prompt"] for r in rollouts], responses,
-                         cfg.micro_tokens, cfg.temperature)                          # (N, T)
-    t, entropy_t = score(policy, views, responses, cfg.micro_tokens, cfg.temperature)
+    prompts, responses = [r.problem["prompt"] for r in rollouts], [r.ids for r in rollouts]
+    with phase("score", {}):                                                         # (N, T) each
+        s, entropy_s = score(policy, prompts, responses, cfg.micro_tokens, cfg.temperature)
+        t, entropy_t = score(policy, views, responses, cfg.micro_tokens, cfg.temperature)
     u = t - s                                                                        # Eq. (4)
     values = torch.stack([s.exp(), t.exp(), u, -phi(u), entropy_s, entropy_t], 2).cpu()
     heading = (f"{cfg.model} on {cfg.data or cfg.benchmarks}: {len(problems)} problems x "
-                     f"{cfg.group_size} responses, temperature {cfg.temperature:g}, top-p "
-                     f"{cfg.top_p:g}, at most {cfg.max_tokens} tokens, seed {cfg.seed}")
+               f"{cfg.group_size} responses, temperature {cfg.temperature:g}, top-p {cfg.top_p:g}, "
+               f"at most {cfg.max_tokens} tokens, seed {cfg.seed}")
     page = pmi_page(rollouts, [pieces(tokenizer, ids) for ids in responses],
                     [row[:len(ids)] for row, ids in zip(values, responses)], sources,
                     [tokenizer.decode(view) for view in views], heading)
