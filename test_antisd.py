@@ -18,6 +18,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")             # nothing here may reach the network
@@ -784,6 +786,488 @@ def test_template_flags_are_the_same_for_student_and_teacher(root):
         assert words(teacher).endswith("<assistant> <think>")
         first = words(student["prompt"]).split(" <end>")[0]
         assert words(teacher).startswith(first)          # c comes after the student's own turn
+
+
+# ------------------------------------------------------------------------------------------------
+# The grader: classes of the rules, hostile input, bounds, and the development cases where they are
+# ------------------------------------------------------------------------------------------------
+
+SHARED = Path(os.environ.get("ANTISD_SHARED", HERE.parent / "shared")) / "data"     # or skipped
+
+
+def correct(box, answer):
+    return antisd.is_correct(r"So $\boxed{" + box + "}$.", answer)
+
+
+@pytest.mark.parametrize("text, box", [
+    (r"\boxed{1} then \boxed{2}", "2"),  # the last one, never joined
+    (r"\fbox{7}", "7"),
+    (r"\boxed {7}", "7"),
+    (r"thus $\boxed 7$", "7"),
+    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+    (r"\boxed{\boxed{3}, 4}", r"\boxed{3}, 4"),  # the outer box
+    (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+    (r"\boxed{\left\{1\right.}", r"\left\{1\right."),  # an escaped brace opens nothing
+    (r"} \boxed{3}", "3"),
+    (r"\boxed{8} and \boxed{9", "8"),  # the last complete one
+    (r"\boxed{\boxed{8}", "8"),
+    (r"\boxed{8", None),
+    ("the answer is 8", None),
+    (r"\boxed{8}</think> I am sure.", None),
+    (r"<think>\boxed{8}</think> \boxed{9}", "9"),
+    (r"a</think>\boxed{8}</think>\boxed{9}", "9"),
+    (r"\boxed{7} <think> or \boxed{8}", "7"),  # thoughts that never end
+    ("", None),
+])
+def test_extraction(text, box):
+    assert antisd.extract_boxed(text) == box
+
+
+RIGHT = [  # (answer, boxes that must be right)
+    # integers: zeros, signs, separators, marks
+    ("61", ["61", "061", "+61", "61.", "61.0", r"\text{61}", "(61)", "{61}", r"\boxed{61}"]),
+    ("007", ["7", "07", "7.0"]),
+    ("-12", ["-12", "−12", "- 12", r"-\frac{24}{2}"]),
+    ("45600", ["45,600", "45{,}600", r"45,\!600", r"45\,600", "45 600", r"4.56 \times 10^4",
+         "4.56e4"]),
+    ("2,345,678", ["2345678", r"2,\!345,\!678"]),
+    ("64", ["2^6", "8^{2}", r"4 \cdot 16", "x = 64", r"a+b = 60+4 = 64", r"n \approx 64",
+         "64 = 64"]),
+    ("60", [r"\$60", "$60$", "60%", r"60\%", r"60^\circ", "60°", r"60 \text{ km/h}",
+         r"60~\mathrm{m}^2",
+            "60 miles", "60cm", r"60 \mathrm{~kg} \mathrm{~s}^{-1}", r"60\ \text{square units}",
+            "60 s",
+            r"60 \frac{\text{m}}{\text{s}}", "**60**"]),
+    (r"\$7.50", ["7.5", r"7.50 \text{ dollars}", r"\$7.50", r"\frac{15}{2}"]),
+    (r"35^\circ", ["35", r"35^{\circ}", r"35 \text{ degrees}", r"x = 35^\circ"]),
+    (r"48 \mbox{ feet}^2", ["48", r"48 \text{ ft}^2"]),
+    # fractions, mixed numbers, roots, pi
+    (r"\frac{7}{4}", ["7/4", r"\frac74", r"\dfrac{14}{8}", r"1\frac{3}{4}", r"1 \tfrac34", "1 3/4",
+         "1.75",
+                      r"\frac{-7}{-4}", r"\frac 7 4", r"\frac{7}4", r"\frac{7}{4} \approx 1.7",
+                      "7 / 4"]),
+    (r"-\frac{5}{2}", ["-2.5", r"\frac{-5}{2}", r"\frac{5}{-2}", r"-2\frac12"]),
+    (r"5\sqrt{7}", [r"5\sqrt7", r"5 \sqrt 7", r"\sqrt{175}", r"5 \cdot 7^{1/2}", "5√7",
+         "5sqrt(7)",
+                    r"\frac{35}{\sqrt{7}}"]),
+    (r"\sqrt{12}", [r"\sqrt 12", r"\sqrt12", r"2\sqrt{3}", "sqrt(12)"]),
+    (r"6\pi", ["6π", r"6 \cdot \pi", r"\pi \cdot 6", r"\frac{12\pi}{2}", r"6\pi \text{ cm}^2",
+         "6pi"]),
+    (r"3^{20} \cdot 12!", [r"12! \cdot 3^{20}", r"3^{19} \cdot 3 \cdot 12!"]),
+    # decimals and scientific notation: relative tolerance 1e-4
+    ("0.375", ["3/8", ".375", "0.37503", r"37.5\%", r"\sqrt{0.140625}"]),
+    ("6.02e23", [r"6.02 \times 10^{23}", r"6.02\cdot10^{23}", "6.02×10²³", "6.02 x 10^23",
+         "6.02E23", "6.02e+23",
+                 r"60.2 \times 10^{22} \mathrm{~mol}^{-1}", r"N \approx 6.02\times 10^{23}",
+                 "6.02*10^23"]),
+    ("1e-7", ["10^{-7}", "10⁻⁷", "0.0000001", r"1.0 \times 10^{-7}\text{ m}"]),
+    # lists and sets: any order; \pm is two values; tuples, intervals, unions, matrices
+    ("4,-9", ["-9, 4", r"\{4, -9\}", r"x = 4 \text{ or } x = -9", r"-9 \text{ and } 4",
+         "x=-9, x=4"]),
+    ("100, 200", ["100,200", "200, 100"]),
+    (r"2 \pm \sqrt{3}", [r"2-\sqrt3, 2+\sqrt3", r"x = 2 \pm \sqrt{3}", r"\frac{4\pm\sqrt{12}}{2}"]),
+    (r"\{\pm 1, 6\}", ["6, 1, -1", r"\{-1, 1, 6\}"]),
+    ("(2, -5)", [r"\left(2,\,-5\right)", "(x,y) = (2,-5)", r"(\frac42, -5)"]),
+    ("(1,234)", ["(1, 234)"]),
+    (r"[2, \infty)", [r"x \ge 2", r"x \in [2,\infty)", r"2 \le x", r"\left[2, +\infty\right)"]),
+    ("(-3, 8]", [r"-3 < x \leq 8", r"8 \ge x > -3", r"x\in(-3,8]"]),
+    (r"(-\infty, 1) \cup (5, 6)", [r"(5,6)\cup(-\infty,1)", r"x < 1 \text{ or } 5 < x < 6"]),
+    (r"\begin{pmatrix} 1/2 & 0 \\ 3 & -1 \end{pmatrix}",
+     [r"\begin{bmatrix}0.5&0\\[2pt]3&-1\end{bmatrix}",
+          r"A = \begin{pmatrix} \frac12&0\\3&-1\end{pmatrix}"]),
+    # text, options, bases
+    (r"\text{Maria}", ["Maria", r"\textbf{Maria}", r"\mathrm{maria}", r"\text{ Maria. }"]),
+    (r"\text{(D)}", ["D", "(D)", r"\textbf{(D)}", r"\mathrm{D}"]),
+    ("3021_4", ["3021_{4}", "(3021)_4", r"3021_{\text{4}}"]),
+    # expressions: equal algebraically, however the symbols are spelled
+    ("(a+1)(b-2)", ["ab - 2a + b - 2", "(b-2)(1+a)"]),
+    (r"\frac{A}{B} e^{-t/\tau}", [r"A e^{-\frac{t}{\tau}} / B", r"\frac{A}{B}\exp(-t/\tau)"]),
+    ("3 + 4i", ["4i+3", r"3+4\mathrm{i}", "z = 3+4i"]),
+    (r"v_{0} t", ["v_0 t", r"t v_{0}", "x(t) = v_0 t"]),
+    (r"\sin^2 x", [r"1-\cos^2 x", r"\sin(x)^2"]),
+    (r"\dot{q}_{0} u(t)", [r"u(t) \dot{q}_0", r"u(t)\dot q_0"]),
+    ("np.arctan(2/3)", [r"\arctan(2/3)", r"\tan^{-1}\left(\frac23\right)"]),
+    ("5.2 k", [r"5.2k \text{ J}", r"\frac{26}{5} k"]),
+    ("Q\n", ["Q"]),
+    (r"k \theta(t)", [r"\theta k"]),
+    (r"x+$ $y", ["y+x"]),
+    ("-3./4", [r"-\frac34", "-0.75"]),
+    # equations
+    ("x=9", ["9", "x = 9", "9.0"]),
+    ("y = 3x-1", ["3x-1", "y=-1+3x", "y - 3x = -1"]),
+    ("2x+3y-4=0", ["2x+3y=4", "4x+6y-8=0", "3y = 4-2x"]),
+    (r"y^{\prime}+k y=0", ["y' + ky = 0", "y' = -ky"]),
+    ("MC=AVC", [r"\text{MC}=\text{AVC}", "AVC = MC"]),
+]
+
+WRONG = [  # (answer, boxes that must be wrong)
+    ("61", ["16", "6 1", "60, 61", "60 or 61", r"60 \text{ or } 61", "61, 62", "{60, 61}",
+         "61.0001", "-61", "61x",
+            "6.1", "610", "61?", "61!", "61 million", r"61 \text{ thousand}", r"\text{not } 61",
+            r"61 \pm 1", "61i",
+            "60 < x < 62", "x \\ge 61", "61 = x", r"61_7", "", " ", "?", r"\text{None}", "(60, 61)",
+            r"\infty",
+            r"60.99999999999999999999999", r"\sqrt{3721.0001}", r"\frac{61}{0}", "61\\text{x}",
+            "61ab", r"61\pi",
+            r"61 \text{ not}"]),
+    (r"\frac{2}{3}", ["0.667", "0.6666666667", r"66.7\%", r"\frac{3}{2}", "2:3", "2, 3",
+         r"\frac{2}{3}x", r"0.67 \approx \frac{2}{3}"]),
+    (r"\pi", ["3.14", "3.14159265358979323846", r"\frac{355}{113}"]),
+    (r"\sqrt{3}", ["1.732", r"\pm\sqrt{3}", "3", r"\sqrt{1}3"]),
+    (r"3^{20} \cdot 12!", [r"3^{20} + 12!", r"1.67 \times 10^{18}"]),
+    ("0.375", ["0.3751", "0.38", "3.75"]),
+    ("6.02e23", ["6.02e22", "6.02", r"6.03 \times 10^{23}", r"10^{23}", "0"]),
+    ("2.5e-19", ["3.5e-19", "0", "2.5e-18"]),
+    ("4,-9", ["4", "4, 9", "4,-9,1", "4,4,-9", "(4,-9)", "49", "x=4"]),
+    ("3,3,5", ["3,5", "3,5,5"]),
+    ("100, 200", ["100200"]),
+    (r"2 \pm \sqrt{3}", [r"2+\sqrt3", r"-2 \pm \sqrt{3}", r"2 \pm \sqrt{2}"]),
+    ("(2, -5)", ["(-5, 2)", "[2,-5]", "(2,-5,0)", r"\{2, -5, 2\}", "-5, 2"]),
+    (r"[2, \infty)", [r"(2,\infty)", "x > 2", r"x \le 2", r"[2, 10^9)"]),
+    ("(-3, 8]", ["(-3,8)", "[-3,8]", "[-3,8)", r"-3 \le x \le 8", "-3, 8"]),
+    (r"(-\infty, 1) \cup (5, 6)", [r"(-\infty,1)", r"(-\infty,1]\cup(5,6)", r"(-\infty,6)"]),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", [r"\begin{pmatrix} 2 \\ 1 \end{pmatrix}",
+                                               r"\begin{pmatrix} 1 & 2 \end{pmatrix}"]),
+    (r"\text{Maria}", ["Mario", r"\text{Maria or Ana}", "M", r"\text{not Maria}"]),
+    (r"\text{(D)}", ["(B)", r"\text{(D) or (E)}", "DE"]),
+    ("3021_4", ["3021_5", "201", "3021", "3020_4"]),
+    ("(a+1)(b-2)", ["(a-2)(b+1)", "ab-2"]),
+    ("R", ["r", "2R", "1"]),
+    ("v_{0}", ["v_1", "v", "v_{00}"]),
+    (r"\alpha", ["a", r"\beta"]),
+    ("5.2 k", ["5.2", "5.3k", "k"]),
+    ("3 + 4i", ["4+3i", "3-4i", "7"]),
+    ("x=9", ["y=9", "x=-9", "x=9,10", r"x \ge 9"]),
+    ("2x+3y-4=0", ["2x+3y+4=0", "2x+3y-4", "0", "3x+2y=4"]),
+    ("MC=AVC", ["MC=AC", "AVC"]),
+    ("SAC=LAC", ["SMC=LMC"]),  # names, not products
+    ("xy=0", ["x=0"]),
+    ("9 m", ["9"]),  # a letter of the reference is a symbol, not a unit
+    ("np.arctan(2/3)", [r"\arctan(3/2)", "0.588"]),
+]
+
+
+@pytest.mark.parametrize("answer, boxes", RIGHT, ids=[a for a, _ in RIGHT])
+def test_right(answer, boxes):
+    assert [b for b in [answer] + boxes if not correct(b, answer)] == []
+
+
+@pytest.mark.parametrize("answer, boxes", WRONG, ids=[a for a, _ in WRONG])
+def test_wrong(answer, boxes):
+    assert [b for b in boxes if correct(b, answer)] == []
+
+def test_no_box_and_last_box():
+    assert not antisd.is_correct("The final answer is $5$.", "5")
+    assert not antisd.is_correct(r"\boxed{5} \boxed{6}", "5") and not antisd.is_correct(
+        r"\boxed{5} \boxed{6}", "56"
+    )
+    assert antisd.is_correct(r"\boxed{4} no, \boxed{5}", "5")
+
+
+HOSTILE = [
+    "9^{9^{9}}",
+    "(10^{6})!",
+    "100000000!",
+    r"\binom{10^9}{5\cdot10^8}",
+    "7!!!!",
+    "2^{999999999}",
+    "(" * 3000 + "5" + ")" * 3000,
+    r"\frac{" * 90 + "1" + "}{2}" * 90,
+    "{" * 190,
+    "x^" * 150,
+    "1," * 190,
+    r"\sqrt{" * 60 + "2" + "}" * 60,
+    "9" * 390,
+    r"\pm" * 120,
+    "\x00\ud800{}",
+    "__import__('os').system('true')",
+]
+
+
+@pytest.fixture
+def clock():
+    assert correct(r"\sqrt{8}", r"2\sqrt{2}")  # the child has started
+    began = time.perf_counter()
+    yield lambda: time.perf_counter() - began
+
+
+@pytest.mark.parametrize("box", HOSTILE, ids=[repr(b[:12]) for b in HOSTILE])
+def test_hostile_is_wrong_within_two_seconds(box, clock):
+    assert not correct(box, r"\sqrt{5}")
+    assert clock() < 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"\boxed{" * 20_000,
+        "{" * 100_000,
+        r"\boxed " * 20_000,
+        "wait, " * 20_000,
+        r"\boxed{" * 20_000 + "3" + "}" * 20_000,
+        r"\boxed" + " " * 100_000,
+    ],
+)
+def test_long_text_is_linear(text, clock):
+    assert not antisd.is_correct(text, "5")
+    assert clock() < 0.5
+
+
+def test_many_hostile_pieces_share_one_budget(clock):
+    assert not correct(",".join(["9^{9^{9}}"] * 20), ",".join([r"\sqrt{5}"] * 20))
+    assert clock() < 2
+
+
+def test_killed_child_is_counted_replaced_and_within_memory(clock):
+    before, child = antisd.grader_timeouts(), antisd._grader(os.getpid()).process.pid
+    assert not correct("(10^{6})!", r"\sqrt{5}")
+    assert antisd.grader_timeouts() == before + 1 and not Path(f"/proc/{child}/cmdline").exists()
+    assert correct(r"\sqrt{12}", r"2\sqrt{3}") and antisd.grader_timeouts() == before + 1
+    limits = Path(f"/proc/{antisd._grader(os.getpid()).process.pid}/limits").read_text()
+    assert int(re.search(r"Max address space\s+(\d+)", limits)[1]) <= 500 * 2**20
+
+
+def test_child_ends_with_its_parent():
+    code = (
+        "import os, antisd as reward; reward.is_correct(r'\\boxed{\\sqrt{8}}', r'2\\sqrt{2}');"
+        "print(reward._grader(os.getpid()).process.pid, flush=True); os.kill(os.getpid(), 9)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    child, deadline = Path(f"/proc/{int(run.stdout)}/stat"), time.monotonic() + 5
+    while child.exists() and child.read_text().split()[2] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not child.exists() or child.read_text().split()[2] == "Z"
+
+
+def test_plain_integers_start_no_child():
+    code = (
+        "import os, antisd as reward; ok = reward.is_correct(r'\\boxed{033}', '33');"
+        "ok &= not reward.is_correct(r'\\boxed{3}', '33');"
+        "print(ok and reward._grader(os.getpid()).process is None)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    assert run.stdout.strip() == "True", run.stderr
+
+
+def test_either_clock_stops_a_case(clock, monkeypatch):
+    monkeypatch.setattr(antisd._Grader, "SECONDS", 60)
+    assert (
+        not correct("(10^{6})!", r"\sqrt{5}") and clock() < 2
+    )  # the child's own, of processor time
+    monkeypatch.undo()
+    assert correct(r"\sqrt{8}", r"2\sqrt{2}")
+    began = clock()
+    os.kill(antisd._grader(os.getpid()).process.pid, signal.SIGSTOP)
+    assert not correct(r"\sqrt{8}", r"2\sqrt{2}") and clock() - began < 2  # and the parent's
+    assert correct(r"\sqrt{8}", r"2\sqrt{2}")
+
+
+def test_from_threads():
+    results = []
+    cases = [
+        (rf"\sqrt{{{k * k * 2 + k % 2}}}", rf"{k}\sqrt{{2}}", k % 2 == 0) for k in range(2, 42)
+    ]
+
+    def work(k):
+        mine = cases[k:] + [("9^{9^{9}}", "3", False)] * (k == 0)
+        results.extend(correct(box, answer) is expect for box, answer, expect in mine)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(results) == 4 * 40 - 6 + 1 and all(results)
+
+
+def test_after_a_fork():
+    assert correct(r"\sqrt{8}", r"2\sqrt{2}")
+    child = os.fork()
+    if child == 0:
+        os._exit(
+            0
+            if correct(r"\sqrt{18}", r"3\sqrt{2}") and not correct(r"\sqrt{2}", r"\sqrt{3}")
+            else 1
+        )
+    assert correct(r"\sqrt{27}", r"3\sqrt{3}") and os.waitpid(child, 0)[1] == 0
+
+
+def test_callers_alarm_still_fires():
+    fired = []
+    old = signal.signal(signal.SIGALRM, lambda *_: fired.append(time.perf_counter()))
+    began = time.perf_counter()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        assert not correct("(10^{6})!", r"\sqrt{5}") and correct(r"\sqrt{8}", r"2\sqrt{2}")
+        while not fired and time.perf_counter() - began < 3:
+            time.sleep(0.01)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+    assert len(fired) == 1 and 0.25 < fired[0] - began < 1
+
+
+def test_callers_alarm_that_raises_leaves_no_stale_reply():
+    def expire(*_):
+        raise TimeoutError
+
+    assert correct(r"\sqrt{8}", r"2\sqrt{2}")
+    old = signal.signal(signal.SIGALRM, expire)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(TimeoutError):
+            correct("(10^{6})!", r"\sqrt{5}")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+    assert correct(r"\sqrt{8}", r"2\sqrt{2}") and not correct(r"\sqrt{8}", r"2\sqrt{3}")
+
+
+def fuzz_strings(count, seed):
+    """Boxes of random LaTeX, cut anywhere; control characters, surrogates, huge numbers."""
+    rng = random.Random(seed)
+    atoms = [
+        r"\frac",
+        r"\sqrt",
+        "{",
+        "}",
+        "{1}",
+        "^",
+        "_",
+        "(",
+        ")",
+        "[",
+        "]",
+        ",",
+        "=",
+        "+",
+        "-",
+        "x",
+        "e",
+        "i",
+        "9",
+        "10",
+        "0.5",
+        "12345678901234567890",
+        "!",
+        r"\pm",
+        r"\pi",
+        r"\infty",
+        r"\cup",
+        r"\text{ cm}",
+        r"\left(",
+        r"\right)",
+        r"\begin{pmatrix}",
+        r"\end{pmatrix}",
+        r"\\",
+        "&",
+        r"\boxed{",
+        "<",
+        r"\le",
+        "\x00",
+        "\x1b",
+        "\ud800",
+        "\udfff",
+        "é",
+        "²",
+        "½",
+        "%",
+        r"\%",
+        "$",
+        "|",
+        "'",
+        '"',
+        "\n",
+        " ",
+        r"\sum_{n=1}^{",
+        r"\int",
+        r"\log_",
+        r"\sin",
+        "</think>",
+        r"\text{or}",
+        "e99",
+        r"\cdot",
+        r"\times 10^{",
+        "^{9^{9",
+        r"\binom",
+    ]
+    for k in range(count):
+        body = "".join(rng.choices(atoms, k=rng.randint(1, 40)))
+        if k % 10 == 0:
+            body = rng.choice([r"\frac{1}{", r"\sqrt{", "(", "{"]) * rng.randint(1, 80) + body
+        if k % 4:  # most of them balanced, so that they reach the comparison
+            body = re.sub(r"^[^{]*\}", "", body)
+            body += "}" * max(0, body.count("{") - body.count("}"))
+        text = r"so \boxed{" + body + "}" * (rng.randint(0, 3) if k % 4 == 0 else 1)
+        yield text[: rng.randint(1, len(text))] if rng.random() < 0.3 else text
+
+
+def test_fuzz_500():
+    answers = [
+        "5",
+        r"\frac{1}{2}",
+        r"\sqrt{2}",
+        "1.5",
+        "1,-2",
+        "(1,2)",
+        "x=5",
+        "x^2+1",
+        r"\text{no}",
+        "[1,2)",
+    ]
+    for k, text in enumerate(fuzz_strings(500, seed=11)):
+        began = time.perf_counter()
+        assert antisd.is_correct(text, answers[k % len(answers)]) in (True, False)
+        assert time.perf_counter() - began < 2, text
+
+
+def test_speed():
+    def median(cases):
+        times = []
+        for box, answer in cases:
+            began = time.perf_counter()
+            correct(box, answer)
+            times.append(time.perf_counter() - began)
+        return sorted(times)[len(times) // 2]
+
+    median([(r"\sqrt{8}", r"2\sqrt{2}")])
+    assert median([(str(k), str(k + k % 2)) for k in range(200)]) < 1e-3
+    assert median([(f"{k}/7", rf"\frac{{{k}}}{{7}}") for k in range(1, 100)]) < 5e-3
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data (set ANTISD_SHARED)")
+def test_development_cases():
+    rows = [json.loads(line) for line in (SHARED / "grading_dev.jsonl").open()]
+    assert [
+        r["response"][-80:]
+        for r in rows
+        if not r.get("policy") and antisd.is_correct(r["response"], r["answer"]) != r["expect"]
+    ] == []
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data (set ANTISD_SHARED)")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "aime24",
+        "aime25",
+        "aime26",
+        "hmmt_feb_2025",
+        "minerva_math",
+        "math500",
+        "gsm8k_train_small",
+        "gsm8k_test_small",
+        "dapo_math_sample",
+    ],
+)
+def test_answers_and_worked_solutions(name):
+    rows = [json.loads(line) for line in (SHARED / f"{name}.jsonl").open()]
+    assert [r["answer"] for r in rows if not correct(r["answer"], r["answer"])] == []
+    if name.startswith(("minerva", "math500", "gsm8k")):
+        solutions = [
+            (re.sub(r"####\s*(.*)", r"\\boxed{\1}", r["solution"]), r["answer"]) for r in rows
+        ]
+        assert [answer for text, answer in solutions if not antisd.is_correct(text, answer)] == []
 
 
 # ------------------------------------------------------------------------------------------------
