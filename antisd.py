@@ -104,8 +104,8 @@ def phi(u):
 #     grad  KL(pi_S || pi_T) = E[  -u_v    grad log pi_S(v)]     so delta = +u descends the KL.
 METHODS = {
     "grpo": torch.zeros_like,           # the baseline
-    "sd": lambda u: u,                  # default self-distillation, Eq. (3)
-    "sd_jsd": lambda u: phi(u),         # self-distillation with AntiSD's shape
+    "sd": lambda u: u,                  # default self-distillation, Eq. (3); our choice: both
+    "sd_jsd": lambda u: phi(u),         # readings of SD, this one with AntiSD's bounded shape
     "antisd": lambda u: -phi(u),        # Eq. (6)
     "antisd_kl": lambda u: -u,          # ablation: ascend the reverse KL, unbounded
     "no_teacher": lambda u: -phi(u),    # ablation: the trainer passes u = -s (log pi_T := 0)
@@ -135,7 +135,7 @@ class EntropyGate:
 
     def __init__(self, warmup_steps=5, tau_down=0.93):
         self.warmup_steps, self.tau_down = warmup_steps, tau_down
-        self.history, self.h_warm, self.g = [], None, 1.0
+        self.history, self.h_warm, self.g = [], None, 1.0        # our choice: it starts open
 
     def update(self, entropy):
         """Takes this step's H (a float), returns this step's g: 0.0 or 1.0."""
@@ -147,7 +147,7 @@ class EntropyGate:
             return 0.0
         if self.h_warm is None:                          # warmup_steps=0: nothing to compare with
             return self.g
-        if entropy >= self.h_warm:
+        if entropy >= self.h_warm:       # our choice: equality opens, and does not shut
             self.g = 1.0
         elif entropy < self.tau_down * self.h_warm:
             self.g = 0.0
@@ -183,6 +183,10 @@ class InputError(ValueError):
     """Something the user can mend. Printed as one line; the process ends with code 2."""
 
 
+class RankError(RuntimeError):
+    """One rank's own fault, such as memory: that rank prints the line."""
+
+
 def flag(default, text, **options):
     return dataclasses.field(default=default, metadata={"help": text, **options})
 
@@ -196,12 +200,10 @@ def check_flags(cfg):
         if "least" in rules and not rules["least"] <= value < math.inf:
             raise InputError(f"--{field.name} {value}: must be at least {rules['least']}")
     try:
-        is_object = isinstance(cfg.template_kwargs, dict)
-    except json.JSONDecodeError:
-        is_object = False
-    if not is_object:
+        dict(cfg.template_kwargs.items())
+    except (ValueError, AttributeError):
         raise InputError("--chat_template_kwargs must be a JSON object, such as "
-                         """'{"enable_thinking": false}'""")
+                         """'{"enable_thinking": false}'""") from None
 
 
 @dataclasses.dataclass
@@ -456,7 +458,7 @@ def pick_solutions(group, rng):
     rng.shuffle(correct)                                 # our choice: seeded random, not the first
     picks = []
     for i in range(len(group)):
-        sibling = next((j for j in correct if j != i), None)
+        sibling = next((j for j in correct if j != i), None)     # our choice: never itself
         problem = group[i].problem
         if sibling is not None:                          # of a thinking model: what follows it
             picks.append((group[sibling].text.rpartition("</think>")[2].strip(), "sibling"))
@@ -894,7 +896,8 @@ def sample(policy, prompts, group_size, max_tokens, temperature=1.0, top_p=1.0, 
             going = (~ended.any(1)).nonzero().squeeze(1)
             if not len(going):
                 break
-            cache.batch_select_indices(going)            # rows that have ended leave the batch
+            if len(going) < len(alive):                  # rows that have ended leave the batch
+                cache.batch_select_indices(going)
             ids, alive = out[going], alive[going]
             mask = torch.cat([mask[going], mask.new_ones(len(going), new.shape[1])], 1)
         responses += drawn
@@ -967,7 +970,7 @@ def shard(policy, dtype, device):
     options = dict(mesh=mesh, reshard_after_forward=True,
                    mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
     for module in list(policy.modules()):
-        if type(module).__name__ in policy.model._no_split_modules:      # the decoder layers
+        if type(module).__name__ in (policy.model._no_split_modules or ()):  # the decoder layers
             fully_shard(module, **options)
     fully_shard(policy, **options)
     register_fsdp_forward_method(policy, "generate")
@@ -1008,7 +1011,11 @@ def _checksum(file):
 
 
 def _state(policy, optimizer):
+    fresh = not optimizer.state
     model, optim = dcp_state.get_state_dict(policy, optimizer)
+    if fresh:        # that took a step at lr 0 to make AdamW's state: its bias terms would be off
+        for state in (*optimizer.state.values(), *optim["state"].values()):
+            state["step"].zero_()
     return {"model": model, "optimizer": optim}
 
 
@@ -1020,7 +1027,12 @@ def checkpoints(run):
 def save_checkpoint(run, policy, optimizer, now, keep):
     """Every rank writes its shards into checkpoints/writing; rank 0 renames that to step-N when all
     is whole, and drops all but the `keep` newest. A full disk costs this checkpoint and one printed
-    line; the older ones stay and the run goes on."""
+    line; the older ones stay. Returns whether it was saved."""
+    def drop(folder):                                    # a half-deleted one must not look whole
+        if folder.exists():
+            shutil.rmtree(dying := folder.with_name("deleting"), ignore_errors=True)
+            shutil.rmtree(folder.rename(dying))
+
     rank, writing, error = dist.get_rank(), run / "checkpoints" / "writing", None
     if rank == 0:
         shutil.rmtree(writing, ignore_errors=True)
@@ -1040,15 +1052,16 @@ def save_checkpoint(run, policy, optimizer, now, keep):
                 file.flush()
                 os.fsync(file.fileno())
             final = writing.with_name(f"step-{now['step']:06d}")
-            shutil.rmtree(final, ignore_errors=True)
+            drop(final)
             writing.rename(final)                        # only now does it count
             for old in checkpoints(run)[:-keep]:
-                shutil.rmtree(old)
+                drop(old)
         except OSError as problem:
             error = problem
     if rank == 0 and error:
         shutil.rmtree(writing, ignore_errors=True)       # give the space back
-        tqdm.write(f"no checkpoint at step {now['step']}, the run goes on: {error}")
+        tqdm.write(f"no checkpoint at step {now['step']}, older ones are whole: {error}")
+    return not gather(error)[0]
 
 
 def load_checkpoint(path, policy, optimizer):
@@ -1095,7 +1108,8 @@ def export_model(folder, policy, tokenizer, dtype):
         shutil.rmtree(writing, ignore_errors=True)
         names = {name for name, _ in policy.model.named_parameters()}    # tied weights once
         names |= {name for name, _ in policy.model.named_buffers()}
-        state = {name.removeprefix("model."): value.to(dtype) for name, value in state.items()}
+        state = {name.removeprefix("model."): x.to(dtype) if x.is_floating_point() else x
+                 for name, x in state.items()}
         try:
             state = {name: state[name] for name in names & set(state)}
             policy.model.save_pretrained(writing, state_dict=state)
@@ -1128,7 +1142,7 @@ def global_mean(values, mask):
 
 
 def global_median(values, mask):
-    """Median over ALL ranks' tokens: an average of per-rank medians is not the median."""
+    """Median over ALL ranks' tokens (our choice: an average of ranks' medians is not a median)."""
     every = torch.cat(gather(values[mask].cpu())).sort().values      # torch.median: lower middle
     n = len(every)
     return ((every[(n - 1) // 2] + every[n // 2]) / 2).item() if n else 0.0
@@ -1153,13 +1167,18 @@ def open_run(cfg, rank):
             here = Path(__file__).parent
             git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True,
                                  text=True)
-            output.mkdir(parents=True, exist_ok=True)
-            (output / "config.json").write_text(json.dumps({
+            text = json.dumps({
                 "flags": flags, "git": git.stdout.strip() or None,
                 "source": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
                 "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                              "transformers": transformers.__version__},
-                "world_size": dist.get_world_size()}, indent=1) + "\n")
+                "world_size": dist.get_world_size()}, indent=1) + "\n"
+            try:
+                output.mkdir(parents=True, exist_ok=True)
+                (output / "config.json.writing").write_text(text)
+                (output / "config.json.writing").replace(output / "config.json")
+            except OSError as error:
+                problem = f"cannot write into --output {output}: {error}"
     problem = gather(problem)[0]
     if problem:
         raise InputError(problem)
@@ -1201,7 +1220,7 @@ class Log:
         if self.tracker:
             self.tracker.log(row, step=row["step"])
         if row["step"] % self.cfg.sample_every == 0:
-            u = batch.t - batch.s
+            u = batch.t - batch.s if batch.sources else torch.full_like(batch.s, math.nan)
             for i in (0, len(batch.rollouts) - 1):
                 r, n = batch.rollouts[i], len(batch.rollouts[i].ids)
                 self.append("samples.jsonl", {
@@ -1266,13 +1285,16 @@ def prepare(cfg, world):
         raise InputError(f"--tracker {cfg.tracker}: pip install {cfg.tracker} first")
     tokenizer, context = load_tokenizer(cfg)
     longest = context - cfg.max_tokens
-    margin = 64                                          # what the teacher's headings take
+    bare = [len(render(tokenizer, messages, cfg.template_kwargs)) for messages in
+            (student_messages("x"), teacher_messages("x", "...", False))]
+    margin = bare[1] - bare[0] + 8                       # what the teacher's headings take
     if longest <= margin:
         raise InputError(f"--max_tokens {cfg.max_tokens} and a prompt do not fit the model's "
                          f"context of {context} tokens")
     checked = []
-    for path, split in (cfg.dataset, cfg.split), (cfg.eval_dataset, None):
-        problems, kept = load_problems(path, split, config=cfg.dataset_config) if path else [], []
+    for path, split, config in ((cfg.dataset, cfg.split, cfg.dataset_config),
+                                (cfg.eval_dataset, None, None)):
+        problems, kept = load_problems(path, split, config=config) if path else [], []
         for problem in problems:
             messages = student_messages(problem["problem"])
             problem["prompt"] = render(tokenizer, messages, cfg.template_kwargs)
@@ -1316,7 +1338,7 @@ def build(cfg, tokenizer, device):
         policy.model.activation_checkpointing_enable({"use_reentrant": False})
     source_dtype = policy.model.dtype
     shard(policy, compute_dtype(cfg, device), device)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.999),
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.999),  # our choice
                                   weight_decay=cfg.weight_decay)
     return policy, optimizer, source_dtype
 
@@ -1356,14 +1378,15 @@ def evaluate(policy, tokenizer, problems, cfg):
 @contextmanager
 def phase(name, seconds):
     """Adds the time to seconds[name]; where CUDA runs out of memory it says what to lower."""
-    remedy = {"rollout": "--rollout_batch", "eval": "--rollout_batch", "score": "--micro_tokens",
-              "train": "--micro_tokens (or set --gradient_checkpointing)"}.get(name, "the model")
+    remedy = {"score": "lower --micro_tokens", "save": "use more ranks",
+              "train": "lower --micro_tokens or set --gradient_checkpointing",
+              }.get(name, "set --rollout_batch or lower it")
     start = time.perf_counter()
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise InputError(f"CUDA out of memory in the {name} phase: lower {remedy}. "
-                         + str(error).splitlines()[0]) from None
+        raise RankError(f"CUDA out of memory on rank {dist.get_rank()} in the {name} phase: "
+                        f"{remedy}. {str(error).splitlines()[0]}") from None
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
@@ -1401,12 +1424,13 @@ class Batch:
     entropy_s: torch.Tensor         # (N, T)
 
 
-def teacher_prompts(tokenizer, rollouts, cfg, longest, seed):
-    """pi_T's prompt for each rollout, and where its solution came from."""
+def teacher_prompts(tokenizer, rollouts, cfg, longest, position):
+    """pi_T's prompt for each rollout, and where its solution came from; position: of the first
+    group's problem in the data order, which seeds the choice whatever the number of ranks."""
     prompts, sources = [], []
     for first in range(0, len(rollouts), cfg.group_size):
         group = rollouts[first:first + cfg.group_size]
-        rng = random.Random(hash((cfg.seed, seed + first // cfg.group_size)))
+        rng = random.Random(hash((cfg.seed, position + first // cfg.group_size)))
         for r, (solution, source) in zip(group, pick_solutions(group, rng)):
             prompts.append(teacher_prompt(tokenizer, r.problem["problem"], solution,
                                           r.reward == 1.0, cfg.template_kwargs, longest))
@@ -1415,7 +1439,7 @@ def teacher_prompts(tokenizer, rollouts, cfg, longest, seed):
 
 
 def update(policy, optimizer, batch, lam, cfg, s_is_known):
-    """Line 9: cfg.updates_per_batch clipped policy-gradient updates on whole groups.
+    """Lines 2, 4, 5, 8, 9: cfg.updates_per_batch clipped policy-gradient updates on whole groups.
 
     Where s is not known yet it is the training forward's own output, and is stored in the batch.
     Returns loss, gradient norm (means over the updates) and whether every update was finite; one
@@ -1424,7 +1448,7 @@ def update(policy, optimizer, batch, lam, cfg, s_is_known):
     rollouts, world = batch.rollouts, dist.get_world_size()
     policy.train(cfg.gradient_checkpointing)             # Hugging Face ties the one to the other
     weights = batch.mask.float()
-    if cfg.mask_truncated:                               # leaves numerator and denominator alike
+    if cfg.mask_truncated:           # our choice: off; leaves numerator and denominator alike
         kept = torch.tensor([not r.truncated for r in rollouts], device=weights.device)
         weights = weights * kept[:, None]
     if cfg.loss_agg == "seq":                            # our choice: token; the same for every arm
@@ -1432,7 +1456,7 @@ def update(policy, optimizer, batch, lam, cfg, s_is_known):
     losses, norms = [], []
     size = len(rollouts) // cfg.updates_per_batch
     for first in range(0, len(rollouts), size):
-        num_tokens = sum(gather(weights[first:first + size].sum().item())) or 1.0    # of all ranks
+        num_tokens = sum(gather(weights[first:first + size].sum().item()))           # of all ranks
         lengths = [len(r.problem["prompt"]) + len(r.ids) for r in rollouts[first:first + size]]
         loss_sum = 0.0
         for micro in micro_batches(lengths, cfg.micro_tokens):
@@ -1446,13 +1470,14 @@ def update(policy, optimizer, batch, lam, cfg, s_is_known):
             u = batch.t[at] - batch.s[at]                                            # Eq. (4)
             advantages = token_advantages(batch.seq_advantages[rows], u, lam, cfg.method,
                                           cfg.compose)                               # Eq. (2), (6)
-            loss = policy_loss(logp, batch.s[at], advantages, weights[at], num_tokens, cfg.clip)
+            loss = policy_loss(logp, batch.s[at], advantages, weights[at], num_tokens or 1.0,
+                               cfg.clip)
             (loss * world).backward()                    # FSDP averages over ranks; this undoes it
             loss_sum += loss.item()
         norm = nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm).full_tensor().item()
         losses.append(sum(gather(loss_sum)))
         norms.append(norm)
-        if math.isfinite(losses[-1]) and math.isfinite(norm):
+        if math.isfinite(losses[-1]) and math.isfinite(norm) and num_tokens:
             optimizer.step()
         optimizer.zero_grad()
     loss, norm = statistics.mean(losses), statistics.mean(norms)
@@ -1471,14 +1496,13 @@ def summary(batch, cfg):
            "length": statistics.fmean(lengths), "truncated": statistics.fmean(truncated),
            "zero_std_groups": statistics.fmean(len(set(group)) == 1 for group in groups),
            "seq_adv_abs": global_mean(batch.seq_advantages.abs()[:, None].expand_as(mask), mask),
-           "u_mean": None, "u_negative": None, "phi_abs": None,
            "student_entropy": global_mean(batch.entropy_s, mask),
-           "teacher_entropy": None, "teacher_entropy_median": None}
-    if batch.sources:
-        row |= {"u_mean": global_mean(u, mask), "u_negative": global_mean((u < 0).float(), mask),
-                "phi_abs": global_mean(phi(u).abs(), mask),
-                "teacher_entropy": global_mean(batch.entropy_t, mask),
-                "teacher_entropy_median": global_median(batch.entropy_t, mask)}
+           "student_entropy_median": global_median(batch.entropy_s, mask)}
+    of_teacher = {"u_mean": global_mean(u, mask), "u_negative": global_mean((u < 0).float(), mask),
+                  "phi_abs": global_mean(phi(u).abs(), mask),
+                  "teacher_entropy": global_mean(batch.entropy_t, mask),
+                  "teacher_entropy_median": global_median(batch.entropy_t, mask)}
+    row |= of_teacher if batch.sources else dict.fromkeys(of_teacher)
     sources = sum(gather(batch.sources), [])
     return row | {f"context/{name}": sources.count(name) / len(rewards)
                   for name in ("sibling", "solution", "answer")}
@@ -1493,11 +1517,12 @@ def train(cfg):
     policy, optimizer, source_dtype = build(cfg, tokenizer, device)
     gate = EntropyGate(cfg.warmup_steps, cfg.tau_down)
     statistic = {"mean": global_mean, "median": global_median}[cfg.gate_stat]
-    now = {"step": 0, "position": 0, "skipped_updates": 0, "gate": gate.state_dict(), "first": None}
+    now = {"step": 0, "position": 0, "skipped_updates": 0, "failures": 0,
+           "gate": gate.state_dict(), "eval_before": None}
     now = restore(cfg, run, policy, optimizer, now)
     gate.load_state_dict(now["gate"])
     log = Log(cfg, run, now["step"], rank)
-    interrupt, failures, finished = Interrupt(), 0, False
+    interrupt, finished = Interrupt(), False
     share = cfg.problems_per_step // world               # of the step's problems, for this rank
 
     while not finished and not interrupt.asked():
@@ -1507,7 +1532,7 @@ def train(cfg):
         if held_out and (step == 0 or finished or cfg.eval_every and step % cfg.eval_every == 0):
             with phase("eval", seconds):
                 row |= evaluate(policy, tokenizer, held_out, cfg)
-            now["first"] = now["first"] or dict(row)
+            now["eval_before"] = now["eval_before"] or dict(row)
         if finished:
             break
 
@@ -1549,16 +1574,18 @@ def train(cfg):
         lam = 0.0 if cfg.method == "grpo" else cfg.lam
         if cfg.method in GATED:
             entropy = batch.entropy_t if cfg.gate_source == "teacher" else batch.entropy_s
-            lam = cfg.lam * gate.update(statistic(entropy, mask))                    # Eq. (7)
+            entropy = statistic(entropy, mask)
+            lam = cfg.lam * gate.update(entropy) if math.isfinite(entropy) else 0.0  # Eq. (7)
             if gate.h_warm is not None and gate.h_warm < 0.01 and step == cfg.warmup_steps:
                 say(f"H_warm is {gate.h_warm:.4f} nats a token: the gate will react to noise")
 
         # lines 2, 4, 5, 8, 9: s, u, phi, A and the update
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup_lr_steps))
+            group["weight_decay"] = cfg.weight_decay     # --init_from brings the old run's
         with phase("train", seconds):
             loss, norm, finite = update(policy, optimizer, batch, lam, cfg, s_is_known)
-        failures = 0 if finite else failures + 1
+        now["failures"] = failures = 0 if finite else now["failures"] + 1
         now |= {"step": step + 1, "position": now["position"] + cfg.problems_per_step,
                 "gate": gate.state_dict(), "skipped_updates": now["skipped_updates"] + (not finite)}
 
@@ -1566,32 +1593,36 @@ def train(cfg):
             "gate": gate.g, "h_warm": gate.h_warm, "lam": lam, "loss": loss, "grad_norm": norm,
             "lr": optimizer.param_groups[0]["lr"], "skipped_updates": now["skipped_updates"],
             "grader/timeouts": sum(gather(grader_timeouts()))}
-        if failures == 3 or cfg.save_every and now["step"] % cfg.save_every == 0:
+        # three in a row may mean that the state is spoilt: it is saved, but evicts no good one
+        if failures >= 3 or not failures and cfg.save_every and now["step"] % cfg.save_every == 0:
             with phase("save", seconds):
-                save_checkpoint(run, policy, optimizer, now, cfg.keep)
+                save_checkpoint(run, policy, optimizer, now, cfg.keep + (failures >= 3))
         row |= {"tokens_per_s": row["length"] * cfg.group_size * cfg.problems_per_step
                 / (time.perf_counter() - started), "peak_memory_gib": peak_memory_gib(),
                 **{f"seconds/{name}": seconds.get(name, 0.0)
                    for name in ("rollout", "score", "train", "save", "eval")}}
         log.step(row, batch, tokenizer)
-        if failures == 3:
+        if failures >= 3:
+            ids = sorted(sum(gather([p["id"] for p in mine]), []))
             good = [p.name for p in checkpoints(run) if p.name <= f"step-{step - 2:06d}"]
             raise InputError(f"three updates in a row were not finite, up to step {step} (problems "
-                             f"{sorted(p['id'] for p in mine)}); state saved in {run}, last good "
-                             f"checkpoint: {good[-1] if good else 'none'}")
+                             f"{ids}); state saved in {run}, last good checkpoint: "
+                             f"{good[-1] if good else 'none'}")
 
     log.close()
-    if cfg.save_every and now["step"] % cfg.save_every or not finished:
-        save_checkpoint(run, policy, optimizer, now, cfg.keep)
+    saved = True
+    if cfg.save_every and now["step"] % cfg.save_every or not finished:      # a stop always saves
+        saved = save_checkpoint(run, policy, optimizer, now, cfg.keep)
     if not finished:
-        say(f"stopped before step {now['step']}; the same command with --resume continues")
+        say(f"stopped before step {now['step']}; the same command with --resume continues"
+            + (" from the last checkpoint" if not saved else ""))
         return
     export_model(run / "model", policy, tokenizer, source_dtype)
     say(f"{run / 'model'} holds the trained model")
     if held_out:
         if rank == 0:
             log.append("metrics.jsonl", row)             # the learning curve's last point
-        first = now["first"]
+        first = now["eval_before"]
         say(f"held-out accuracy {first['eval_accuracy']:.3f} +- {first['eval_error']:.3f} before, "
             f"{row['eval_accuracy']:.3f} +- {row['eval_error']:.3f} after (standard error over "
             f"{row['eval_problems']} problems)")
@@ -1604,13 +1635,12 @@ def main(run=lambda: train(parse_config())):
     datasets.disable_progress_bars()
     try:
         run()
-    except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if dist.is_initialized():                        # after an error it might wait for others
+            dist.destroy_process_group()
+    except (InputError, RankError) as error:
+        if isinstance(error, RankError) or os.environ.get("RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

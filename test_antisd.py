@@ -768,7 +768,7 @@ def test_a_long_solution_loses_its_head_and_nothing_else():
 
 def test_each_row_gets_the_verdict_on_its_own_response(root):
     group = [rollout("so \\boxed{1}", 1.0), *(rollout(text, 0.0) for text in ("x", "n1", "n2"))]
-    prompts, sources = antisd.teacher_prompts(TOKENIZER, group, config(root), 10**6, seed=0)
+    prompts, sources = antisd.teacher_prompts(TOKENIZER, group, config(root), 10**6, position=0)
     assert ["Your answer is incorrect." in words(p) for p in prompts] == [False, True, True, True]
     assert sources == ["solution", "sibling", "answer", "answer"] or sources == [
         "solution", "sibling", "solution", "solution"]   # groups of two: the last has no success
@@ -780,7 +780,7 @@ def test_template_flags_are_the_same_for_student_and_teacher(root):
     _, problems, _, _ = antisd.prepare(cfg, 1)
     plain = antisd.prepare(config(root), 1)[1]
     group = [antisd.Rollout(p, [5], "x", False, 0.0) for p in problems[:2]]
-    views, _ = antisd.teacher_prompts(TOKENIZER, group, cfg, 10**6, seed=0)
+    views, _ = antisd.teacher_prompts(TOKENIZER, group, cfg, 10**6, position=0)
     for student, teacher, bare in zip(problems, views, plain):
         assert words(student["prompt"]) == words(bare["prompt"]) + " <think>"
         assert words(teacher).endswith("<assistant> <think>")
