@@ -1614,6 +1614,23 @@ def test_two_checkpoints_are_kept_and_a_damaged_one_is_refused_with_the_older_na
         run(root, tmp_path, **flags | dict(steps=4, resume=True))
 
 
+def test_a_run_stopped_before_its_first_update_resumes_bit_for_bit(root, tmp_path, monkeypatch):
+    """Saving makes AdamW's state, which does not exist yet, and must not make it a step older."""
+    flags = dict(steps=2, lr=1e-2)
+    run(root, tmp_path / "whole", **flags)
+    original = antisd.group_advantages
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(antisd, "group_advantages", interrupted)
+        antisd.train(config(root, output=str(tmp_path / "parts"), **flags))
+    assert [p.name for p in antisd.checkpoints(tmp_path / "parts")] == ["step-000000"]
+    run(root, tmp_path / "parts", resume=True, **flags)
+    assert same(weights(tmp_path / "whole/model"), weights(tmp_path / "parts/model"))
+
+
 def test_init_from_keeps_weights_and_data_position_and_starts_step_and_gate_anew(root, tmp_path,
                                                                                  monkeypatch):
     run(root, tmp_path / "first", warmup_steps=1, steps=2, save_every=2, lr=1e-2)
