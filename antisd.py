@@ -10,15 +10,15 @@ collapses.
 
     torchrun antisd.py @toy/demo.args                                    # a laptop, minutes
     torchrun --nproc-per-node 8 antisd.py --model Qwen/Qwen3-4B-Instruct-2507 \\
-        --dataset open-r1/DAPO-Math-17k-Processed --dataset_config en --output runs/qwen3-4b
+        --dataset_config en --rollout_batch 8 --gradient_checkpointing --output runs/qwen3-4b
 
 Algorithm 1, line by line                                                in train():
     1  y ~ pi_S(.|x), G responses per problem, R(x, y)                   sample, is_correct
-    2  s_t = log pi_S(y_t)                                               Policy (with gradient)
+    2  s_t = log pi_S(y_t)                                               Policy, in update
     3  t_t = log pi_T(y_t), c in the prompt                              score on teacher_prompts
-    4  u_t = t_t - s_t, the pointwise mutual information, Eq. (4)        u
+    4  u_t = t_t - s_t, the pointwise mutual information, Eq. (4)        u, in update
     5  phi(u_t), the bounded shape, Eq. (6)                              METHODS, phi
-    6  H, the teacher's entropy over the batch                           statistic
+    6  H, the teacher's entropy over the batch                           global_mean
     7  g, the Schmitt trigger; lambda = g * lambda_max, Eq. (7)          EntropyGate
     8  A_t = A_seq - lambda * sg[phi(u_t)], Eq. (2), (6)                 token_advantages
     9  one policy-gradient update                                        policy_loss
@@ -867,7 +867,8 @@ def sample(policy, prompts, group_size, max_tokens, temperature=1.0, top_p=1.0, 
     device = next(policy.parameters()).device
     # every setting is explicit: what is left out falls back to defaults that truncate (top_k=50)
     settings = dict(do_sample=temperature > 0, top_k=0, eos_token_id=policy.eos_ids,
-                    pad_token_id=policy.eos_ids[0], synced_gpus=False, remove_invalid_values=True)
+                    pad_token_id=policy.eos_ids[0], synced_gpus=False,
+                    remove_invalid_values=True)          # NaN reaches the check in update instead
     if temperature > 0:
         settings |= dict(temperature=temperature, top_p=top_p)
     step = max(1, rollout_batch // group_size if rollout_batch else len(prompts))
