@@ -48,8 +48,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from antisd import is_correct, render, student_messages, teacher_messages  # noqa: E402
 
-# The task. Sums (22 and up) never look like numbers of the list (at most 22 itself, a double that
-# make_problem rules out as a target), which makes the verdict easy to learn.
+# The task. A target (23 or more) is never a number that could stand in the list, which makes the
+# verdict, the hardest sub-skill, easier to learn.
 NUMBERS = 6                 # numbers in a problem of train.jsonl and test.jsonl
 LOW, HIGH = 11, 22          # their range, both ends included
 TRAIN, TEST = 1500, 320     # problems; no test problem (as a set and a target) is trained on
@@ -60,12 +60,12 @@ PERSIST = 0.7               # student: P(another try | "no"); sets the base accu
 PERSIST_TOLD = 0.1          # the same with a verified solution in view: u on "wait" is about
                             # log(PERSIST_TOLD / PERSIST) = -1.9 nats
 DIRECT = 0.5                # with a solution in view: P(state the answer at once)
-TOLD = 0.33                 # share of examples with a solution in view
-DRILL = 0.4                # share of drills, see `example`
+TOLD = 0.4                  # share of examples with a solution in view
+DRILL = 0.45               # share of drills, see `example`
 MOST_TRIES = 17             # as many as fit into demo.args' --max_tokens 128
 SIZES = (3, 4, 5, 6, 6, 6)  # warm-up problems; short ones have more "yes" to learn the end from
 
-STEPS, BATCH = 1100, 32     # about 0.09 s a step on one thread
+STEPS, BATCH = 1000, 32     # about 0.1 s a step on one thread
 WIDTH, LAYERS = 128, 2
 
 
@@ -137,8 +137,8 @@ def example(rng, tokenizer, held_out):
     short traces do not, without teaching the base to go there. (Without drills that reach that far
     the verdict failed from the eighth try on, and AntiSD, which cannot tell a wrong "yes" from a
     "wait" by the sign of u, made wrong "yes" more frequent until the run collapsed.)"""
-    q = make_problem(rng, rng.choice(SIZES), held_out)
     drill, pair = rng.random() < DRILL, None
+    q = make_problem(rng, NUMBERS if drill else rng.choice(SIZES), held_out)
     if rng.random() < TOLD:
         # solutions of the kinds the trainer will show: short and long siblings, a bare answer
         style = rng.random()
@@ -157,6 +157,7 @@ def example(rng, tokenizer, held_out):
         text = search(rng, q, PERSIST_TOLD if pair else PERSIST, pair)
     prompt = render(tokenizer, messages, {})
     ids = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
+    assert tokenizer.unk_token_id not in prompt + ids, "a word is missing from the vocabulary"
     labels, words = list(ids), tokenizer.convert_ids_to_tokens(ids)
     if drill:
         for i in range(words.index("so")):
@@ -180,7 +181,8 @@ def make_tokenizer():
                                    pre_tokenizers.Split(pieces, "isolated")])
     texts = ["system user assistant", "Which two of , add up to ? let me try + = yes no",
              "The answer is .", conclude(("", "")), *DELIBERATION,
-             *(m["content"] for right in (True, False) for m in teacher_messages("", "", right))]
+             # a stand-in for c: with an empty one the teacher's prompt is the student's
+             *(m["content"] for right in (True, False) for m in teacher_messages("", "?", right))]
     words = [word for text in texts for word, _ in pre.pre_tokenize_str(text)]
     numbers = [str(n) for n in range(LOW, 2 * HIGH + 1)]
     special = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<|unknown|>"]
@@ -216,7 +218,7 @@ def warm_up(model, tokenizer, rng, held_out):
                   torch.optim.AdamW(others, lr=4e-3, weight_decay=0.0)]
     peak = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     weight = torch.ones(len(tokenizer))                  # the verdict is the hardest thing to learn
-    weight[tokenizer.convert_tokens_to_ids(["yes", "no"])] = 5.0
+    weight[tokenizer.convert_tokens_to_ids(["yes", "no"])] = torch.tensor([10.0, 3.0])
     batches = []
     for step in range(STEPS):
         if not batches:                                  # sorted by length: little padding
@@ -258,7 +260,7 @@ def respond(model, tokenizer, conversations, max_tokens=128):
 
 
 def measure(model, tokenizer, problems):
-    """Accuracy with and without a solution in view, and the sub-skills without, at temperature 1."""
+    """Accuracy with and without a solution in view, sub-skills without; at temperature 1."""
     problems = problems * 2
     plain = respond(model, tokenizer, [student_messages(q["problem"]) for q in problems])
     told = respond(model, tokenizer, [teacher_messages(q["problem"], q["solution"], False)
@@ -284,8 +286,8 @@ def measure(model, tokenizer, problems):
                                                for t in told])}
 
 
-REQUIRED = {"base accuracy": (0.10, 0.40), "accuracy with c": (0.90, 1.0), "sums right": (0.95, 1.0),
-            "yes exactly when right": (0.85, 1.0), "verified pair copied": (0.95, 1.0)}
+REQUIRED = {"base accuracy": (0.10, 0.40), "accuracy with c": (0.90, 1), "sums right": (0.95, 1),
+            "yes exactly when right": (0.90, 1), "verified pair copied": (0.95, 1)}
 
 
 def main():
