@@ -358,7 +358,8 @@ background:var(--page);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
 h1{font-size:27px;line-height:1.2;font-weight:650;letter-spacing:-.01em;margin:0 0 10px}
 h2{font-size:17px;font-weight:650;margin:38px 0 10px}p{max-width:72ch;margin:0 0 12px}
 .soft,figcaption,summary span{color:var(--soft);font-size:14px}p b{font-weight:550;
-padding:1px 5px;border-radius:3px}.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(118px,1fr));
+padding:1px 5px;border-radius:3px}.facts{display:grid;
+grid-template-columns:repeat(auto-fit,minmax(118px,1fr));
 gap:14px 20px;margin:24px 0;padding:16px 0;border:solid var(--line);border-width:1px 0}
 .facts b{display:block;font-size:22px;font-weight:600;line-height:1.25}
 .facts span{color:var(--soft);font-size:13px;line-height:1.3;display:block}
@@ -370,8 +371,8 @@ line-height:1.85;margin:10px 0 16px}.y i{font-style:normal;border-radius:3px;pad
 .y i:hover{outline:2px solid var(--ink)}pre{white-space:pre-wrap;overflow-wrap:anywhere;
 font-size:13px;color:var(--soft);margin:8px 0}.grid{display:grid;gap:0 40px;
 grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr));border-top:1px solid var(--line)}
-sub{font-size:.7em;line-height:0}figure{margin:0}
-svg{display:block;width:100%;max-width:440px;font:12px system-ui,sans-serif}svg text{fill:var(--soft)}
+sub{font-size:.7em;line-height:0}figure{margin:0}svg text{fill:var(--soft)}
+svg{display:block;width:100%;max-width:440px;font:12px system-ui,sans-serif}
 table{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:tabular-nums}
 td,th{text-align:right;padding:3px 0 3px 12px;font-weight:400}th{color:var(--soft)}
 td:first-child,th:first-child{text-align:left;padding:3px 0;font-family:ui-monospace,monospace;
@@ -450,10 +451,10 @@ def heat_map(s, t, bins=32, floor=-4.0):
                    f'width="{size:.1f}" height="{size:.1f}" fill="{colour}" fill-opacity="'
                    f'{0.15 + 0.85 * math.log1p(n) / most:.2f}"><title>{n} tokens</title></rect>')
     for power in range(int(floor), 1):
-        at = 340 * (power - floor) / -floor
+        at = round(340 * (power - floor) / -floor)
         label = ("\u2264 " if power == floor else "") + f"{10.0**power:g}"
-        out.append(f'<text x="{left + at:.0f}" y="384" text-anchor="middle">{label}</text>'
-                   f'<text x="{left - 7}" y="{top + 344 - at:.0f}" text-anchor="end">{label}</text>')
+        out.append(f'<text x="{left + at}" y="384" text-anchor="middle">{label}</text>'
+                   f'<text x="{left - 7}" y="{top + 344 - at}" text-anchor="end">{label}</text>')
     out.append(f'<line x1="{left}" y1="{top + 340}" x2="{left + 340}" y2="{top}" '
                'stroke="var(--soft)" stroke-dasharray="3 4"/>'
                f'<text x="{left + 14}" y="{top + 24}">teacher surer, u &gt; 0</text>'
@@ -507,12 +508,12 @@ def pmi_page(rollouts, tokens, values, sources, views, heading):
             f"</span></summary>{response_html(part, rows.tolist())}<details><summary><span>What "
             f"the teacher read</span></summary><pre>{escape(views[i])}</pre></details></details>")
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>PMI view</title>
-<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head><body>
-<h1>What changes once the solution is known</h1><p class=soft>{escape(heading)}</p>
+<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head>
+<body><h1>What changes once the solution is known</h1><p class=soft>{escape(heading)}</p>
 <p>The same network scores each token of its own response twice: as the student
 (\u03c0<sub>S</sub>), and as a teacher that has also read a solution (\u03c0<sub>T</sub>).
-<var>u</var> = log \u03c0<sub>T</sub> \u2212 log \u03c0<sub>S</sub>. <b class=n6>Blue</b>: knowing the
-solution, one would hardly say it; deliberation, which AntiSD raises, by at most 0.35.
+<var>u</var> = log \u03c0<sub>T</sub> \u2212 log \u03c0<sub>S</sub>. <b class=n6>Blue</b>: knowing
+the solution, one would hardly say it; deliberation, which AntiSD raises, by at most 0.35.
 <b class=p6>Red</b>: the solution gives it away; a shortcut, which AntiSD lowers.</p>
 <div class=scale>{scale}</div><div class=ends><span>u \u2264 \u2212{U_MAX:g}</span><span>0</span>
 <span>u \u2265 +{U_MAX:g} nats</span></div><div class=facts>{facts}</div>
@@ -521,7 +522,8 @@ solution, one would hardly say it; deliberation, which AntiSD raises, by at most
 <figcaption>Depth: logarithm of the number of tokens.</figcaption></figure>
 {token_table(low, largest, 'Lowest mean u')}{token_table(high, largest, 'Highest mean u')}</div>
 <p class=soft>Tokens that occur at least {least} times.</p>
-<h2>More responses</h2>{''.join(shown[2:])}<div id="card"></div><script>{SCRIPT}</script></body></html>
+<h2>More responses</h2>{''.join(shown[2:])}
+<div id="card"></div><script>{SCRIPT}</script></body></html>
 """
 
 
@@ -566,8 +568,8 @@ PANELS = (("reward", "Reward of the rollouts"), ("eval_accuracy", "Held-out accu
           ("teacher_entropy", "Teacher's entropy, nats (dashed: H_warm; bar: gate shut)"),
           ("student_entropy", "Student's entropy, nats"), ("length", "Response length, tokens"),
           ("lam", "Lambda"))
-SVG_STYLE = """svg{font:13px system-ui,sans-serif}text{fill:#666b75}.axis{stroke:#dcddd8;stroke-width:1}
-.t{fill:#1c1e22;font-weight:600}path{fill:none;stroke-width:1.8}.raw{stroke-width:1;opacity:.3}
+SVG_STYLE = """svg{font:13px system-ui,sans-serif}text{fill:#666b75}
+.axis{stroke:#dcddd8;stroke-width:1}.t{fill:#1c1e22;font-weight:600}path{fill:none;stroke-width:1.8}.raw{stroke-width:1;opacity:.3}
 .band{opacity:.18;stroke:none}.warm{stroke-width:1.2;stroke-dasharray:5 4}
 .page{fill:#fcfcfa}@media(prefers-color-scheme:dark){text{fill:#9a9fa9}
 .axis{stroke:#33373e}.t{fill:#e6e6e3}.page{fill:#15171b}}""" + "".join(

@@ -7,6 +7,7 @@ Two ranks are two real processes: this file starts itself under torchrun, see "T
 """
 import ast
 import dataclasses
+import html.parser
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import xml.dom.minidom
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")             # nothing here may reach the network
@@ -36,6 +38,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, GenerationConfig,
                           PreTrainedTokenizerFast)
 
 import antisd
+import eval as evaluation
 
 HERE = Path(__file__).resolve().parent
 SOURCE = (HERE / "antisd.py").read_text()
@@ -1852,6 +1855,386 @@ def test_ranks_share_out_the_problems_and_draw_different_responses(root, two_ran
         assert len({tuple(tokens) for _, tokens in rows}) > 6
         lengths = [sum(len(t) for _, t in rank[step]) for rank in two_ranks["drawn"]]
         assert step or lengths[0] != lengths[1]          # uneven decoding did not hang
+
+
+# ------------------------------------------------------------------------------------------------
+# eval.py: accuracy
+# ------------------------------------------------------------------------------------------------
+
+EVAL = [sys.executable, str(Path(evaluation.__file__)), "--max_tokens", "8", "--samples", "4",
+        "--rollout_batch", "2"]
+
+
+def eval_config(root, output, **flags):
+    small = dict(model=str(root / "qwen3"), data=str(root / "train.jsonl"), max_tokens=8, samples=4,
+                 rollout_batch=6, output=str(output))
+    return evaluation.EvalConfig(**small | flags)
+
+
+def keys(rows):
+    return [(r["benchmark"], r["problem_id"], r["sample"]) for r in rows]
+
+
+def without_seconds(rows):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+@pytest.mark.parametrize("n", [1, 4, 7])
+def test_pass_at_k_equals_enumeration_of_all_draws(n):
+    for c in range(n + 1):
+        marks = [True] * c + [False] * (n - c)
+        for k in range(1, n + 1):
+            draws = list(itertools.combinations(marks, k))
+            expected = sum(map(any, draws)) / len(draws)
+            assert evaluation.pass_at_k(n, c, k) == pytest.approx(expected, abs=1e-15)
+
+
+def test_pass_at_k_refuses_what_it_cannot_estimate_and_survives_big_counts():
+    for n, c, k in (4, 1, 5), (4, 5, 1), (4, -1, 1), (4, 1, 0):
+        with pytest.raises(ValueError):
+            evaluation.pass_at_k(n, c, k)
+    assert evaluation.pass_at_k(100_000, 50_000, 1) == 0.5
+    assert evaluation.pass_at_k(20_000, 1, 19_999) == pytest.approx(0.99995, abs=1e-12)
+
+
+def test_results_equal_a_recount_by_hand(root, tmp_path):
+    out = tmp_path / "out"
+    evaluation.measure(eval_config(root, out, max_tokens=48, model=str(root / "llama")))
+    rows = read(out / "responses.jsonl")
+    result = json.loads((out / "results.json").read_text())["results"]["train"]
+    assert keys(rows) == [("train", i, j) for i in range(7) for j in range(4)]
+    answers = [str(i % 2) for i in range(7)]
+    for r in rows:                                       # the grader has tests of its own
+        assert r["correct"] == antisd.is_correct(r["response"], answers[r["problem_id"]])
+        assert 1 <= r["tokens"] <= 48 and (not r["truncated"] or r["tokens"] == 48)
+    counts = [sum(r["correct"] for r in rows if r["problem_id"] == i) for i in range(7)]
+    assert 0 < sum(counts) < 28 and 0 < sum(r["truncated"] for r in rows) < 28
+    means = [c / 4 for c in counts]
+    mean = sum(means) / 7
+    variance = sum((m - mean)**2 for m in means) / 6
+    assert (result["n"], result["k"]) == (7, 4)
+    assert result["accuracy"] == pytest.approx(mean) == result["pass"]["1"]
+    assert result["error"] == pytest.approx((variance / 7)**0.5)
+    assert result["pass"]["4"] == pytest.approx(sum(c > 0 for c in counts) / 7)
+    assert result["pass"]["2"] == pytest.approx(
+        sum(1 - (4 - c) * (3 - c) / 12 for c in counts) / 7)
+    assert list(result["pass"]) == ["1", "2", "4"]
+    complete = [r["correct"] for r in rows if not r["truncated"]]
+    assert result["accuracy_complete"] == pytest.approx(sum(complete) / len(complete))
+    assert result["truncated"] == pytest.approx(1 - len(complete) / 28)
+    boxes = [antisd.extract_boxed(r["response"]) for r in rows]
+    assert result["no_answer"] == pytest.approx(boxes.count(None) / 28) and None in boxes
+    assert result["length"] == pytest.approx(sum(r["tokens"] for r in rows) / 28)
+
+
+def test_the_average_row_weighs_benchmarks_alike():
+    def row(problem, correct):
+        return {"problem_id": problem, "correct": correct, "truncated": False, "response": "",
+                "tokens": 10, "seconds": 1.0}
+    a = evaluation.summarise([row(0, True), row(0, True), row(1, False), row(1, True)], 2)
+    b = evaluation.summarise([row(i, i == 0) for i in range(4)], 1)
+    both = evaluation.average([a, b])
+    assert both["accuracy"] == pytest.approx((0.75 + 0.25) / 2)
+    assert both["error"] == pytest.approx((0.25**2 + 0.25**2)**0.5 / 2)
+    assert both["pass"] == {1: pytest.approx(0.5)} and a["tokens_per_s"] == 10
+    text = evaluation.table({"a": a, "b": b, "average": both}).splitlines()
+    assert len(text) == 4 and "75.0 +- 25.0" in text[1] and "pass@2" in text[0]
+
+
+def test_plan_holds_every_pair_once_and_keeps_every_rank_busy():
+    sets = {"x": ([{"id": i} for i in range(30)], 32), "y": ([{"id": 0}], 1)}
+    plan = evaluation.chunks(sets, 8, 64)
+    pairs = sum(plan, [])
+    assert len(pairs) == len(set(pairs)) == 961
+    shares = [sum(map(len, plan[:-1][rank::8])) for rank in range(8)]
+    assert set(shares) == {120} and max(map(len, plan)) <= 64
+    assert {j for _, _, j in plan[0]} <= {0, 1}          # a round over all problems comes first
+
+
+def test_greedy_is_one_sample_and_prompts_are_the_trainers(root, tmp_path, monkeypatch):
+    seen = spy(monkeypatch, "sample")
+    evaluation.measure(eval_config(root, tmp_path / "out", samples=0, temperature=0.0))
+    rows = read(tmp_path / "out" / "responses.jsonl")
+    assert [r["sample"] for r in rows] == [0] * 7
+    prompts = [p for args, result in seen for p in args[1]]
+    assert prompts == [antisd.render(TOKENIZER, antisd.student_messages(p["problem"]), {})
+                       for p in antisd.load_problems(root / "train.jsonl")]
+
+
+def test_samples_differ_between_chunks_and_follow_the_seed(root, tmp_path):
+    found = []
+    for i, seed in enumerate((0, 0, 1)):
+        evaluation.measure(eval_config(root, tmp_path / str(i), rollout_batch=7, seed=seed))
+        rows = read(tmp_path / str(i) / "responses.jsonl")
+        found.append([tuple(r["response"] for r in rows if r["sample"] == j) for j in range(4)])
+    assert found[0] == found[1] and len({*found[0], *found[2]}) == 8     # a chunk is a sample here
+
+
+def test_a_half_written_line_is_dropped_and_the_rest_stays_as_it_was(root, tmp_path):
+    out, cfg = tmp_path / "out", eval_config(root, tmp_path / "out")
+    evaluation.measure(cfg)
+    whole = (out / "responses.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    # what a kill may leave: rank 1's part, lines twice, one cut short in the middle of a chunk
+    (out / "responses.jsonl").write_bytes(b"".join(lines[:5] + lines[2:4]) + lines[9][:40])
+    (out / "responses.1.jsonl").write_bytes(b"".join(lines[20:26]) + lines[26][:-1])
+    kept = lines[:5] + lines[20:26]
+    evaluation.measure(cfg)
+    rows = read(out / "responses.jsonl")
+    assert without_seconds(rows) == without_seconds(list(map(json.loads, lines)))
+    assert all(line.decode() in (out / "responses.jsonl").read_text() for line in kept)
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "responses.jsonl", "results.json"]
+
+
+def test_killed_at_any_time_the_same_command_ends_with_the_same_responses(root, tmp_path):
+    out, calm = tmp_path / "out", tmp_path / "calm"
+    flags = [*EVAL[2:], "--model", str(root / "qwen3"), "--data", str(root / "train.jsonl"),
+             "--samples", "12"]
+
+    def lines():
+        return sum(f.read_bytes().count(b"\n") for f in out.glob("responses*.jsonl"))
+
+    process = subprocess.Popen([*EVAL[:2], *flags, "--output", str(out)],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while lines() < 5 and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert 0 < lines() < 84
+    for folder in out, calm:
+        evaluation.measure(eval_config(root, folder, samples=12, rollout_batch=2))
+    found, expected = (read(folder / "responses.jsonl") for folder in (out, calm))
+    assert keys(found) == [("train", i, j) for i in range(7) for j in range(12)]
+    assert without_seconds(found) == without_seconds(expected)
+
+
+def test_two_ranks_answer_the_same_pairs_and_a_busy_folder_is_refused(root, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+               "--master-port", str(29000 + os.getpid() % 900), EVAL[1], *EVAL[2:], "--model",
+               str(root / "qwen3"), "--data", str(root / "train.jsonl"), "--output", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("avg@k") == 1               # rank 0 alone prints
+    rows = read(out / "responses.jsonl")
+    assert keys(rows) == [("train", i, j) for i in range(7) for j in range(4)]
+    assert not list(out.glob("responses.*.jsonl"))
+    cfg = eval_config(root, out)
+    sets = evaluation.load_sets(cfg, TOKENIZER, 512)
+    head, answered, lock = evaluation.open_output(cfg, sets, out)
+    assert len(answered) == 28
+    with pytest.raises(antisd.InputError, match="another eval.py is at work"):
+        evaluation.open_output(cfg, sets, out)
+
+
+@pytest.mark.parametrize("flags, name", [
+    ({"temperature": 1.0}, "temperature"), ({"seed": 1}, "seed"), ({"samples": 5}, "samples"),
+    ({"max_tokens": 9}, "max_tokens"), ({"limit": 3}, "limit")])
+def test_changed_settings_are_refused_and_named(root, tmp_path, flags, name):
+    evaluation.measure(eval_config(root, tmp_path / "out", rollout_batch=28))
+    before = (tmp_path / "out" / "responses.jsonl").read_bytes()
+    with pytest.raises(antisd.InputError, match=f"other settings .*{name}"):
+        evaluation.measure(eval_config(root, tmp_path / "out", **flags))
+    assert (tmp_path / "out" / "responses.jsonl").read_bytes() == before
+    evaluation.measure(eval_config(root, tmp_path / "out", rollout_batch=3))    # not a setting
+
+
+def test_another_model_or_other_rows_under_the_same_name_are_noticed(root, tmp_path):
+    model, data = save(tiny(), tmp_path / "model"), write(tmp_path / "rows.jsonl", [
+        {"problem": "a", "answer": "1"}])
+    flags = dict(model=model, data=data, output=str(tmp_path / "out"))
+    evaluation.measure(eval_config(root, **flags))
+    save(tiny(seed=1), tmp_path / "model")
+    with pytest.raises(antisd.InputError, match="model_hash"):
+        evaluation.measure(eval_config(root, **flags))
+    save(tiny(), tmp_path / "model")
+    write(tmp_path / "rows.jsonl", [{"problem": "a", "answer": "0"}])
+    with pytest.raises(antisd.InputError, match="data_hash"):
+        evaluation.measure(eval_config(root, **flags))
+
+
+def test_a_benchmark_of_another_size_is_an_error_that_says_so(tmp_path, monkeypatch):
+    path = write(tmp_path / "b.jsonl", [{"problem": f"p{i}", "answer": "1"} for i in range(5)])
+    monkeypatch.setitem(evaluation.BENCHMARKS, "aime24",
+                        evaluation.Benchmark(path, "train", 6, 32))
+    with pytest.raises(antisd.InputError, match="aime24 .* has 5 problems instead of 6"):
+        evaluation.load_benchmark("aime24")
+    monkeypatch.setitem(evaluation.BENCHMARKS, "aime24",
+                        evaluation.Benchmark(path, "train", 5, 32))
+    assert len(evaluation.load_benchmark("aime24")) == 5
+
+
+def test_benchmarks_are_the_papers():
+    table = {name: (b.rows, b.samples) for name, b in evaluation.BENCHMARKS.items()}
+    assert table == {"aime24": (30, 32), "aime25": (30, 32), "aime26": (30, 32), "hmmt25": (30, 32),
+                     "minerva": (272, 4), "math500": (500, 4), "gsm8k": (1319, 1),
+                     "amc23": (40, 32)}
+
+
+@pytest.mark.parametrize("argv, text", [
+    ([], "--model is required"), (["--model", "m"], "name --benchmarks or --data"),
+    (["--model", "m", "--benchmarks", "aime24,imo"], "imo: choose from aime24"),
+    (["--model", "m", "--data", "d", "--temperature", "0", "--samples", "2"], "one sample"),
+    (["--model", "m", "--data", "d", "--top-p", "0"], "--top_p"),
+    (["--model", "m", "--data", "d", "--chat-template-kwargs", "[]"], "JSON object"),
+    (["--model", "m", "--data", "d", "--pmi", "--temperature", "0"], "--pmi"),
+    (["--model", "m", "--nonsense"], "unrecognized arguments: --nonsense"),
+    (["--curves", "/no/such/run"], "no config.json"),
+])
+def test_eval_errors_are_one_line_and_code_2(argv, text, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["eval.py", *argv])
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)     # the tests' own group
+    with pytest.raises(SystemExit) as end:
+        antisd.main(evaluation.run)
+    error = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(error) == 1
+    assert error[0].startswith("eval.py: error: ") and text in error[0]
+
+
+def test_a_prompt_beyond_the_context_is_an_error_not_a_dropped_problem(root, tmp_path):
+    with pytest.raises(antisd.InputError, match="train: problem 0 .* context of 512"):
+        evaluation.measure(eval_config(root, tmp_path / "out", max_tokens=500))
+
+
+# ------------------------------------------------------------------------------------------------
+# eval.py: the pages
+# ------------------------------------------------------------------------------------------------
+
+
+class Page(html.parser.HTMLParser):
+    """The tags of a page with their attributes, and the text of every response."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.responses, self.depth = [], [], 0
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag == "div":
+            self.depth = self.depth + 1 if self.depth else int(("class", "y") in attributes)
+            if self.depth == 1:
+                self.responses.append("")
+
+    def handle_endtag(self, tag):
+        self.depth -= tag == "div" and self.depth > 0
+
+    def handle_data(self, data):
+        if self.depth:
+            self.responses[-1] += data
+
+
+def test_pmi_page_escapes_everything_fetches_nothing_and_counts_right():
+    evil = ["<script>", "alert('x')", "</script>", '"><img src=http://a.b/c onerror=f>', "&amp;", "\n"]
+    u = torch.tensor([-5.0, -1.0, 0.0, 0.5, 2.0, -3.0])
+    s = torch.full((6,), -6.0)
+    values = torch.stack([s.exp(), (s + u).exp(), u, -antisd.phi(u), s.abs(), s.abs()], 1)
+    r = antisd.Rollout({"id": 3}, list(range(6)), "", False, 1.0)
+    text = evaluation.pmi_page([r, r], [evil, evil], [values, values], ["sibling", "answer"],
+                               ["<b>c</b>"] * 2, "<i>model</i>")
+    page = Page(text)
+    assert page.responses == ["".join(evil).replace("\n", "\u21b5\n")] * 2
+    assert [tag for tag, _ in page.tags].count("script") == 1 and "<img" not in text
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "iframe", "img", "object", "embed")
+        assert not {"src", "href", "srcset", "action"} & attributes.keys()
+        assert not any(name.startswith("on") for name in attributes)
+    assert "@import" not in text and "url(" not in text and "fetch(" not in text
+    assert "<b>c</b>" not in text and "<i>model</i>" not in text
+    shown = [attributes["data-t"].split() for tag, attributes in page.tags if "data-t" in attributes]
+    assert shown[0] == ["0.00248", "1.67e-05", "-5.00", "+0.343", "6.00", "6.00"]
+    classes = [attributes["class"] for _, attributes in page.tags if "data-t" in attributes]
+    assert classes[:6] == ["n8", "n2", "", "p1", "p4", "n6"]
+    assert "<b>50.0%</b><span>have u" in text and "<b>16.7%</b><span>at the cap" in text
+    assert "problem 3, correct" in text.lower()
+
+
+def test_cap_is_where_the_advantage_has_reached_95_percent_of_its_bound():
+    at = torch.tensor(evaluation.CAP_U, dtype=torch.float64)
+    assert (-antisd.phi(at)).item() == pytest.approx(0.95 * math.log(2) / 2)
+
+
+def test_pmi_scores_are_the_trainers(root, tmp_path, monkeypatch):
+    made = {}
+    monkeypatch.setattr(evaluation, "pmi_page", lambda *args: made.update(args=args) or "page")
+    evaluation.view_pmi(eval_config(root, tmp_path / "p" / "x.html", pmi=True, limit=2,
+                                    temperature=None, top_p=None))
+    assert (tmp_path / "p" / "x.html").read_text() == "page"
+    rollouts, tokens, values, sources, views, heading = made["args"]
+    assert len(rollouts) == 8 and "temperature 1, top-p 1" in heading
+    model = tiny()
+    for r, words_, rows, view in zip(rollouts, tokens, values, views):
+        teacher = TOKENIZER(view, add_special_tokens=False)["input_ids"]
+        s, entropy_s = brute_force(model, r.problem["prompt"], r.ids)
+        assert rows.shape == (len(r.ids), 6) and len(words_) == len(r.ids)
+        torch.testing.assert_close(rows[:, 0].double(), s.exp(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(rows[:, 4].double(), entropy_s, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(rows[:, 3], -antisd.phi(rows[:, 2]))
+        torch.testing.assert_close(rows[:, 2], rows[:, 1].log() - rows[:, 0].log(), atol=1e-4,
+                                   rtol=1e-4)
+        if TOKENIZER.decode(teacher) == view:            # phrases of two words re-encode otherwise
+            t, entropy_t = brute_force(model, teacher, r.ids)
+            if "\\boxed" not in view.split("attempt:")[-1]:
+                torch.testing.assert_close(rows[:, 1].double(), t.exp(), atol=1e-5, rtol=1e-4)
+    assert set(sources) <= {"sibling", "solution", "answer"}
+
+
+def test_pieces_join_to_the_text_even_where_a_character_is_several_tokens():
+    tokens = list("a\u00e9\U0001f389 b".encode())
+
+    class Bytes:
+        def decode(self, ids, **kwargs):
+            return bytes(ids).decode(errors="replace")
+
+    found = evaluation.pieces(Bytes(), tokens)
+    assert len(found) == len(tokens)
+    assert "".join(found).replace("\ufffd", "") == "a\u00e9\U0001f389 b"
+
+
+def metrics_of(folder, method, curve, seed=0, **flags):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(
+        {"flags": {"method": method, "seed": seed, "output": str(folder), **flags}}))
+    write(folder / "metrics.jsonl", [
+        {"step": step, "reward": value, "eval_accuracy": value if step % 2 == 0 else None,
+         "length": 10.0, "student_entropy": 0.5, "lam": 0.0, "gate": 1.0 - (step == 3),
+         "h_warm": 0.4 if method != "grpo" else None,
+         "teacher_entropy": 0.5 if method != "grpo" else None} for step, value in enumerate(curve)]
+        + [{"step": len(curve), "eval_accuracy": curve[-1], "eval_error": 0.0}])   # eval keys alone
+    return str(folder)
+
+
+def test_curves_table_speed_up_and_picture_by_hand(tmp_path, capsys):
+    runs = [metrics_of(tmp_path / "a0", "antisd", [.1, 0, .5, 0, .7, 0, .6, 0]),
+            metrics_of(tmp_path / "a1", "antisd", [.1, 0, .3, 0, .9, 0, .8, 0], seed=1),
+            metrics_of(tmp_path / "g0", "grpo", [.1, 0, .2, 0, .3, 0, .4, 0]),
+            metrics_of(tmp_path / "s0", "sd", [.1, 0, .05, 0, .0, 0, .0, 0])]
+    rows = evaluation.compare(evaluation.load_runs(runs))
+    assert list(rows) == ["grpo", "antisd", "sd"]        # the baseline first
+    # GRPO's best is 0.4 at step 6; the seeds of antisd average 0.1, 0.4, 0.8 at steps 0, 2, 4
+    assert rows["grpo"] == {"seeds": 1, "best": .4, "best_step": 6, "final": 0.0, "speed_up": 1.0}
+    assert rows["antisd"]["best"] == pytest.approx(.8) and rows["antisd"]["best_step"] == 4
+    assert rows["antisd"]["seeds"] == 2 and rows["antisd"]["speed_up"] == pytest.approx(6 / 2)
+    assert rows["sd"]["speed_up"] is None
+    evaluation.draw_curves(evaluation.EvalConfig(curves=runs, output=str(tmp_path / "c.svg")))
+    assert "antisd      2           80.0        4" in capsys.readouterr().out
+    svg = (tmp_path / "c.svg").read_text()
+    xml.dom.minidom.parseString(svg)
+    assert svg.count('class="band') == 6 and svg.count('class="warm') == 2    # 2 seeds; 2 gated
+    assert "http" not in svg.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_arms_differ_by_method_or_flags_but_not_by_seed(tmp_path):
+    runs = [metrics_of(tmp_path / str(i), "antisd", [.1], seed=i, tau_down=tau, lam=.5)
+            for i, tau in enumerate((.93, .93, 0))]
+    assert {arm: len(part) for arm, part in evaluation.load_runs(runs).items()} == {
+        "antisd tau_down=0.93": 2, "antisd tau_down=0": 1}
+
+
+def test_rolling_mean_is_over_the_last_20_steps():
+    values = {step: float(step) for step in range(30)}
+    smooth = evaluation.rolling(values)
+    assert smooth[0] == 0 and smooth[9] == 4.5 and smooth[29] == sum(range(10, 30)) / 20
 
 
 # ------------------------------------------------------------------------------------------------
