@@ -2125,7 +2125,8 @@ class Page(html.parser.HTMLParser):
 
 
 def test_pmi_page_escapes_everything_fetches_nothing_and_counts_right():
-    evil = ["<script>", "alert('x')", "</script>", '"><img src=http://a.b/c onerror=f>', "&amp;", "\n"]
+    evil = ["<script>", "alert('x')", "</script>", '"><img src=http://a.b/c onerror=f>', "&amp;",
+            "\n"]
     u = torch.tensor([-5.0, -1.0, 0.0, 0.5, 2.0, -3.0])
     s = torch.full((6,), -6.0)
     values = torch.stack([s.exp(), (s + u).exp(), u, -antisd.phi(u), s.abs(), s.abs()], 1)
@@ -2141,7 +2142,7 @@ def test_pmi_page_escapes_everything_fetches_nothing_and_counts_right():
         assert not any(name.startswith("on") for name in attributes)
     assert "@import" not in text and "url(" not in text and "fetch(" not in text
     assert "<b>c</b>" not in text and "<i>model</i>" not in text
-    shown = [attributes["data-t"].split() for tag, attributes in page.tags if "data-t" in attributes]
+    shown = [found["data-t"].split() for tag, found in page.tags if "data-t" in found]
     assert shown[0] == ["0.00248", "1.67e-05", "-5.00", "+0.343", "6.00", "6.00"]
     classes = [attributes["class"] for _, attributes in page.tags if "data-t" in attributes]
     assert classes[:6] == ["n8", "n2", "", "p1", "p4", "n6"]
