@@ -569,7 +569,8 @@ PANELS = (("reward", "Reward of the rollouts"), ("eval_accuracy", "Held-out accu
           ("student_entropy", "Student's entropy, nats"), ("length", "Response length, tokens"),
           ("lam", "Lambda"))
 SVG_STYLE = """svg{font:13px system-ui,sans-serif}text{fill:#666b75}
-.axis{stroke:#dcddd8;stroke-width:1}.t{fill:#1c1e22;font-weight:600}path{fill:none;stroke-width:1.8}.raw{stroke-width:1;opacity:.3}
+.axis{stroke:#dcddd8;stroke-width:1}.t{fill:#1c1e22;font-weight:600}
+path{fill:none;stroke-width:1.8}.raw{stroke-width:1;opacity:.3}
 .band{opacity:.18;stroke:none}.warm{stroke-width:1.2;stroke-dasharray:5 4}
 .page{fill:#fcfcfa}@media(prefers-color-scheme:dark){text{fill:#9a9fa9}
 .axis{stroke:#33373e}.t{fill:#e6e6e3}.page{fill:#15171b}}""" + "".join(
