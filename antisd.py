@@ -55,6 +55,9 @@ import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
+# before torch is loaded: idle OpenMP threads that spin slowed a busy two-core machine down 20 times
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import datasets
 import safetensors
 import torch

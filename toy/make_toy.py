@@ -134,9 +134,9 @@ def example(rng, tokenizer, held_out):
 
     In a drill the free choices (direct or not, which candidates, go on or give up) carry no loss.
     It teaches sums, verdicts and copying far into a search, where RL will go and the base's own
-    short traces do not, without teaching the base to go there. (Without drills that reach that far
-    the verdict failed from the eighth try on, and AntiSD, which cannot tell a wrong "yes" from a
-    "wait" by the sign of u, made wrong "yes" more frequent until the run collapsed.)"""
+    short traces do not, without teaching the base to go there. (In builds whose drills did not reach
+    that far the verdict failed from the eighth try on. There some AntiSD runs collapsed: a wrong
+    "yes" has u < 0 like a "wait", and is pushed up with it.)"""
     drill, pair = rng.random() < DRILL, None
     q = make_problem(rng, NUMBERS if drill else rng.choice(SIZES), held_out)
     if rng.random() < TOLD:
