@@ -53,6 +53,7 @@ import threading
 import time
 import zlib
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 # before torch is loaded: idle OpenMP threads that spin slowed a busy two-core machine down 20 times
@@ -826,14 +827,15 @@ class Policy(nn.Module):
         eos = self.checkpoint_generation_config.eos_token_id    # an id, a list of ids, or None
         self.eos_ids = sorted(eos if isinstance(eos, list) else {eos} - {None})
 
-    def forward(self, ids, predicts, temperature=1.0):
+    def forward(self, ids, predicts, temperature=1.0, cache=None):
         """Log-probs and entropies of the response tokens of right-padded rows (see `pack`).
 
         ids (n, L); predicts (n, L-1) bool: token j+1 is a response token. Returns (n, T), (n, T)
         in nats, zeros past a response's end. Padding stands on the right, where causal attention
-        never looks, so no mask is needed and positions are 0..L-1.
+        never looks, so no mask is needed; positions go on from what the cache holds (0 without).
         """
-        hidden = self.model.base_model(input_ids=ids, use_cache=False)[0]            # (n, L, D)
+        hidden = self.model.base_model(input_ids=ids, past_key_values=cache,
+                                       use_cache=cache is not None)[0]               # (n, L, D)
         logp, entropy = token_logprobs(hidden[:, :-1][predicts], self.model.get_output_embeddings(),
                                        ids[:, 1:][predicts], temperature)            # (M,), (M,)
         lengths = predicts.sum(1)
@@ -909,30 +911,79 @@ def sample(policy, prompts, group_size, max_tokens, temperature=1.0, top_p=1.0, 
 
 
 def micro_batches(lengths, budget):
-    """Row indices in micro-batches of similar length, longest first: rows * longest <= budget, but
-    a row beyond the budget goes alone. The same number on every rank: shorter lists end in []."""
+    """Row indices in micro-batches of similar length, longest first: rows * longest <= budget, at
+    most a tenth of it padding; a row beyond the budget goes alone."""
     batches = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
-            batches[-1].append(i)
+        if batches:
+            padded = (len(batches[-1]) + 1) * lengths[batches[-1][0]]
+            real = sum(lengths[j] for j in batches[-1]) + lengths[i]
+            if padded <= budget and real >= 0.9 * padded:
+                batches[-1].append(i)
+                continue
+        batches.append([i])
+    return batches
+
+
+def as_many_everywhere(calls, idle):
+    """`calls`, followed by `idle` ones up to the count of the rank that has most: every forward and
+    backward pass of a sharded model is a communication, which all ranks must take part in."""
+    return calls + [idle] * (max(gather(len(calls))) - len(calls))
+
+
+def shared_heads(prompts, responses):
+    """Rows whose prompts begin alike, as a list of (the head they share, their indices).
+
+    One correct sibling serves a whole group, so the teacher reads nearly the same long prompt for
+    all of it. The head is worth a call of its own where that saves 512 tokens and where responses
+    are not much longer; all other rows stand together with the head []."""
+    clusters, others = [], []
+    for i in sorted(range(len(prompts)), key=lambda i: prompts[i]):  # like heads are neighbours
+        head = os.path.commonprefix([clusters[-1][0], prompts[i][:-1]]) if clusters else []
+        if 4 * len(head) >= 3 * len(prompts[i]):
+            clusters[-1] = head, clusters[-1][1] + [i]
         else:
-            batches.append([i])
-    return batches + [[]] * (max(gather(len(batches))) - len(batches))
+            clusters.append((prompts[i][:-1], [i]))      # the last token predicts the response
+    shared = []
+    for head, rows in clusters:
+        longest = max(len(responses[i]) for i in rows)
+        if (len(rows) - 1) * len(head) >= 512 and 4 * len(head) >= longest:
+            shared.append((head, rows))
+        else:
+            others += rows
+    return shared + [([], others)]
 
 
 @torch.no_grad()
 def score(policy, prompts, responses, micro_tokens, temperature=1.0):
-    """log pi(y_t | prompt, y_<t) and the entropies, (N, T) each, in nats, zeros past the end."""
+    """log pi(y_t | prompt, y_<t) and the entropies, (N, T) each, in nats, zeros past the end; and
+    (tokens, tokens with padding). A head that several rows share is read once, into a cache."""
+    policy.eval()                                        # see sample
     device = next(policy.parameters()).device
     logp = torch.zeros(len(prompts), max(map(len, responses)), device=device)
     entropy = torch.zeros_like(logp)
-    lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
-    for rows in micro_batches(lengths, micro_tokens):
-        batch = pack([prompts[i] for i in rows], [responses[i] for i in rows], device)
-        part = policy(*batch, temperature)
-        if rows:
-            logp[rows, :part[0].shape[1]], entropy[rows, :part[1].shape[1]] = part
-    return logp, entropy
+    calls = []                                           # (head, rows); no rows: read the head
+    for head, rows in shared_heads(prompts, responses):
+        lengths = [len(prompts[i]) - len(head) + len(responses[i]) for i in rows]
+        calls += [(head, [])] * bool(head)
+        calls += [(head, [rows[k] for k in micro]) for micro in micro_batches(lengths, micro_tokens)]
+    real = padded = 0
+    for head, rows in as_many_everywhere(calls, ([], [])):
+        if not rows:
+            cache = DynamicCache(config=policy.model.config)
+            policy(*pack([head or [0]], [[]], device), cache=cache)
+            continue
+        ids, predicts = pack([prompts[i][len(head):] for i in rows], [responses[i] for i in rows],
+                             device)
+        copy = None
+        if head:
+            copy = deepcopy(cache)
+            copy.batch_repeat_interleave(len(rows))
+        part = policy(ids, predicts, temperature, copy)
+        logp[rows, :part[0].shape[1]], entropy[rows, :part[1].shape[1]] = part
+        real += sum(len(prompts[i]) - len(head) + len(responses[i]) for i in rows)
+        padded += ids.numel()
+    return logp, entropy, (real, padded)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1426,6 +1477,8 @@ class Batch:
     entropy_t: torch.Tensor         # (N, T)
     s: torch.Tensor                 # (N, T) log pi_S(y_t)
     entropy_s: torch.Tensor         # (N, T)
+    # (tokens, tokens with padding) of every pass over the rows
+    padding: list = dataclasses.field(default_factory=list)
 
 
 def teacher_prompts(tokenizer, rollouts, cfg, longest, position):
@@ -1463,10 +1516,11 @@ def update(policy, optimizer, batch, lam, cfg, s_is_known):
         num_tokens = sum(gather(weights[first:first + size].sum().item()))           # of all ranks
         lengths = [len(r.problem["prompt"]) + len(r.ids) for r in rollouts[first:first + size]]
         loss_sum = 0.0
-        for micro in micro_batches(lengths, cfg.micro_tokens):
+        for micro in as_many_everywhere(micro_batches(lengths, cfg.micro_tokens), []):
             rows = [first + i for i in micro]
             ids, predicts = pack([rollouts[i].problem["prompt"] for i in rows],
                                  [rollouts[i].ids for i in rows], weights.device)
+            batch.padding.append((sum(lengths[i] for i in micro), ids.numel() if rows else 0))
             logp, entropy = policy(ids, predicts, cfg.temperature)                   # (n, T')
             at = (rows, slice(logp.shape[1]))
             if rows and not s_is_known:
@@ -1495,9 +1549,11 @@ def summary(batch, cfg):
     complete = [reward for reward, cut in zip(rewards, truncated) if not cut]
     groups = [rewards[i:i + cfg.group_size] for i in range(0, len(rewards), cfg.group_size)]
     mask, u = batch.mask, batch.t - batch.s
+    real, padded = map(sum, zip(*sum(gather(batch.padding), [])))
     row = {"reward": statistics.fmean(rewards),
            "reward_complete": statistics.fmean(complete) if complete else None,
            "length": statistics.fmean(lengths), "truncated": statistics.fmean(truncated),
+           "padding": 1 - real / padded,
            "zero_std_groups": statistics.fmean(len(set(group)) == 1 for group in groups),
            "seq_adv_abs": global_mean(batch.seq_advantages.abs()[:, None].expand_as(mask), mask),
            "student_entropy": global_mean(batch.entropy_s, mask),
@@ -1562,15 +1618,17 @@ def train(cfg):
             if cfg.method != "grpo":
                 views, batch.sources = teacher_prompts(tokenizer, rollouts, cfg, longest,
                                                        now["position"] + rank * share)
-                batch.t, batch.entropy_t = score(policy, views, responses, cfg.micro_tokens,
-                                                 cfg.temperature)
+                batch.t, batch.entropy_t, padding = score(policy, views, responses,
+                                                          cfg.micro_tokens, cfg.temperature)
+                batch.padding.append(padding)
             if cfg.method == "no_teacher":
                 batch.t = zeros                          # u = -s
             # line 2 usually waits for the training forward, whose log-probs are s; not here:
             s_is_known = cfg.updates_per_batch > 1 or cfg.gate_source == "student"
             if s_is_known:
-                batch.s, batch.entropy_s = score(policy, prompts, responses, cfg.micro_tokens,
-                                                 cfg.temperature)
+                batch.s, batch.entropy_s, padding = score(policy, prompts, responses,
+                                                          cfg.micro_tokens, cfg.temperature)
+                batch.padding.append(padding)
         if interrupt.asked():
             break
 

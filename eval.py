@@ -544,8 +544,8 @@ def view_pmi(cfg):
     views, sources = teacher_prompts(tokenizer, rollouts, cfg, context - cfg.max_tokens, 0)
     prompts, responses = [r.problem["prompt"] for r in rollouts], [r.ids for r in rollouts]
     with phase("score", {}):                                                         # (N, T) each
-        s, entropy_s = score(policy, prompts, responses, cfg.micro_tokens, cfg.temperature)
-        t, entropy_t = score(policy, views, responses, cfg.micro_tokens, cfg.temperature)
+        s, entropy_s, _ = score(policy, prompts, responses, cfg.micro_tokens, cfg.temperature)
+        t, entropy_t, _ = score(policy, views, responses, cfg.micro_tokens, cfg.temperature)
     u = t - s                                                                        # Eq. (4)
     values = torch.stack([s.exp(), t.exp(), u, -phi(u), entropy_s, entropy_t], 2).cpu()
     heading = (f"{cfg.model} on {cfg.data or cfg.benchmarks}: {len(problems)} problems x "

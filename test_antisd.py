@@ -445,7 +445,7 @@ def test_scores_do_not_depend_on_padding_or_micro_batches(kind):
     prompts = [[END, 0, 5], [7] * 20, [0, END], [9, 8, 7, 6]]
     responses = [[4, END, 0, 11, END], [3], [END], list(range(20, 44))]
     for budget in (1, 40, 10**6):
-        logp, entropy = antisd.score(policy, prompts, responses, budget, 0.7)
+        logp, entropy, _ = antisd.score(policy, prompts, responses, budget, 0.7)
         assert logp.shape == (4, 24)
         for i, (prompt, response) in enumerate(zip(prompts, responses)):
             n = len(response)
@@ -460,9 +460,42 @@ def test_scores_do_not_depend_on_padding_or_micro_batches(kind):
     ("llama", dict(attention_dropout=0.3))])
 def test_dropout_is_off_in_train_mode_too(kind, settings):
     policy = antisd.Policy(tiny(kind, **settings))
-    rows = [PROMPTS[1]], [list(range(20, 40))]
-    found = antisd.score(policy.train(), *rows, 99)[0], antisd.score(policy.eval(), *rows, 99)[0]
-    torch.testing.assert_close(*found)
+    rows = antisd.pack([PROMPTS[1]], [list(range(20, 40))], CPU)
+    torch.testing.assert_close(policy.train()(*rows)[0], policy.eval()(*rows)[0])
+
+
+HEADS = [[9] * 300 + [k, 3] for k in (5, 6, 7)]         # what the rows of a group share
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_shared_head_is_read_once_and_changes_no_score(kind, monkeypatch):
+    """Two groups of three, with the same solution each but other verdicts, and a row of its own."""
+    policy = antisd.Policy(tiny(kind, max_position_embeddings=512))
+    if kind == "olmo3":                                  # the head is longer than its window
+        assert policy.model.config.sliding_window < 300
+    prompts = HEADS + [[4, 8, 3]] + [[11] + head for head in HEADS]
+    responses = [[4, END, 0, 11, END], [3], [END], list(range(20, 44)), [5, 6], [7] * 9, [END]]
+    read, forward = [], policy.forward
+    monkeypatch.setattr(policy, "forward", lambda ids, *rest, **more: (
+        read.append(ids.numel()), forward(ids, *rest, **more))[1])
+    logp, entropy, (real, padded) = antisd.score(policy.train(), prompts, responses, 10**6, 0.7)
+    assert sum(read) < 1.3 * (300 + 301 + 24 + 70) and real <= padded
+    for i, (prompt, response) in enumerate(zip(prompts, responses)):
+        alone = policy(*antisd.pack([prompt], [response], CPU), 0.7)
+        torch.testing.assert_close(logp[i, :len(response)], alone[0][0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(entropy[i, :len(response)], alone[1][0], rtol=1e-4, atol=1e-4)
+
+
+def test_heads_are_shared_only_where_that_saves_work():
+    assert antisd.shared_heads(HEADS, [[1]] * 3) == [([9] * 300, [0, 1, 2]), ([], [])]
+    assert antisd.shared_heads(HEADS[:2], [[1]] * 2) == [([], [0, 1])]       # saves 300 tokens
+    assert antisd.shared_heads(HEADS, [[1]] * 2 + [[1] * 1201]) == [([], [0, 1, 2])]
+    assert antisd.shared_heads(HEADS, [[1]] * 2 + [[1] * 1200])[0][0] == [9] * 300
+    other = [[9] * 100 + [8] * 300] * 3                  # begins alike, but for a quarter only
+    assert [rows for _, rows in antisd.shared_heads(HEADS + other, [[1]] * 6)] == [
+        [3, 4, 5], [0, 1, 2], []]
+    twins = [[5] * 400] * 3                              # the last token is never part of a head
+    assert antisd.shared_heads(twins, [[1]] * 3)[0] == ([5] * 399, [0, 1, 2])
 
 
 def test_micro_batches_hold_every_row_once_within_the_budget():
@@ -471,7 +504,15 @@ def test_micro_batches_hold_every_row_once_within_the_budget():
     assert sorted(sum(batches, [])) == list(range(8))
     assert [4] in batches                                # beyond the budget: alone
     assert all(len(b) * max(lengths[i] for i in b) <= 60 for b in batches if b != [4])
-    assert len(batches) <= 4                             # 90 | 30 30 | 12 7 7 5 1: not row by row
+    assert [sorted(b) for b in batches] == [[4], [1, 7], [6], [0, 2, 3], [5]]
+
+
+def test_at_most_a_tenth_is_padding_on_long_tails():
+    lengths = [int(20 * 1.02 ** k) for k in range(200)]
+    batches = antisd.micro_batches(lengths, 16384)
+    padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
+    assert sum(lengths) / padded >= 0.9
+    assert len(batches) < 30
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1319,11 +1360,11 @@ def run_case(root, name):
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     a_seq = antisd.group_advantages(torch.tensor([row[3] for row in rows]), 2)
     scoring = cfg.micro_tokens, cfg.temperature
-    t, entropy_t = antisd.score(policy, [p + C for p in prompts], responses, *scoring)
+    t, entropy_t, _ = antisd.score(policy, [p + C for p in prompts], responses, *scoring)
     s, entropy_s = torch.zeros_like(t), torch.zeros_like(t)
     known = cfg.updates_per_batch > 1
     if known:
-        s, entropy_s = antisd.score(policy, prompts, responses, *scoring)
+        s, entropy_s, _ = antisd.score(policy, prompts, responses, *scoring)
     batch = antisd.Batch(rollouts, ["sibling"] * len(rows), mask, a_seq, t, entropy_t, s, entropy_s)
     loss, norm, finite = antisd.update(policy, optimizer, batch, LAM, cfg, known)
     whole = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -1434,7 +1475,7 @@ def test_with_empty_c_u_is_zero_and_antisd_is_grpo(root):
         responses = [r.ids for r in batch.rollouts]
         for r in batch.rollouts:
             r.problem["prompt"] = student
-        batch.t, _ = antisd.score(policy, [teacher] * 2, responses, cfg.micro_tokens)
+        batch.t, *_ = antisd.score(policy, [teacher] * 2, responses, cfg.micro_tokens)
         antisd.update(policy, optimizer, batch, 0.5, cfg, False)
         assert batch.s.any() and (batch.t - batch.s).abs().max() < 1e-6
         states.append({k: v.clone() for k, v in dcp_state.get_model_state_dict(policy).items()})
