@@ -242,6 +242,8 @@ class Config:
     temperature: float = flag(1.0, "of rollouts; scoring divides by it too (Table 5)")
     rollout_batch: int = flag(0, "responses decoded at once on a rank, bounds the KV cache; 0: all",
                               least=0)
+    shard_rollout: bool = flag(False, "decode with sharded weights, gathered layer by layer for "
+                               "every token: for models that do not fit on a GPU; much slower")
     # the update
     lr: float = flag(1e-6, "AdamW's constant learning rate (Table 5)", least=0)
     warmup_lr_steps: int = flag(0, "linear learning-rate warm-up, in steps", least=0)
@@ -861,25 +863,26 @@ def pack(prompts, responses, device):
 
 @torch.no_grad()
 def sample(policy, prompts, group_size, max_tokens, temperature=1.0, top_p=1.0, rollout_batch=0,
-           stride=32):
+           sharded=False, stride=32):
     """Draws `group_size` responses to every prompt: y ~ pi_S(.|x), Algorithm 1 line 1.
 
     prompts: lists of ids. Returns len(prompts) * group_size lists of ids, groups consecutive, each
     up to and including its first end-of-sequence id, or `max_tokens` long. temperature 0 is greedy;
-    rollout_batch > 0 bounds the responses that are decoded at once (whole groups).
+    rollout_batch > 0 bounds the responses that are decoded at once (whole groups). sharded: the
+    weights are split over the ranks, so every rank decodes, if idly, until the last one has ended.
     """
     policy.eval()       # in train mode gradient checkpointing would drop the cache without a word
     device = next(policy.parameters()).device
     # every setting is explicit: what is left out falls back to defaults that truncate (top_k=50)
     settings = dict(do_sample=temperature > 0, top_k=0, eos_token_id=policy.eos_ids,
-                    pad_token_id=policy.eos_ids[0], synced_gpus=False,
+                    pad_token_id=policy.eos_ids[0], synced_gpus=sharded,
                     remove_invalid_values=True)          # NaN reaches the check in update instead
     if temperature > 0:
         settings |= dict(temperature=temperature, top_p=top_p)
     step = max(1, rollout_batch // group_size if rollout_batch else len(prompts))
     ends, responses = torch.tensor(policy.eos_ids, device=device), []
-    for first in range(0, len(prompts), step):
-        part = prompts[first:first + step]
+    parts = [prompts[first:first + step] for first in range(0, len(prompts), step)]
+    for part in as_many_everywhere(parts, [[0, 0]]) if sharded else parts:
         width = max(map(len, part))                      # left-padded: the last column is real
         ids = torch.tensor([[0] * (width - len(p)) + p for p in part], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=device)
@@ -899,15 +902,19 @@ def sample(policy, prompts, group_size, max_tokens, temperature=1.0, top_p=1.0, 
             stops = torch.where(ended.any(1), ended.int().argmax(1) + 1, new.shape[1])
             for i, row, stop in zip(alive.tolist(), new.tolist(), stops.tolist()):
                 drawn[i] += row[:stop]                   # the end token is an action too: it stays
-            going = (~ended.any(1)).nonzero().squeeze(1)
-            if not len(going):
+            going = (~ended.any(1)).nonzero().squeeze(1)[:len(alive)]
+            if not (any(gather(len(going))) if sharded else len(going)):
                 break
+            if not len(going):                           # others go on: one idle row, never kept
+                cache, alive = DynamicCache(config=policy.model.config), alive[:0]
+                ids, mask = ids.new_zeros(1, 1), mask.new_ones(1, 1)
+                continue
             if len(going) < len(alive):                  # rows that have ended leave the batch
                 cache.batch_select_indices(going)
             ids, alive = out[going], alive[going]
             mask = torch.cat([mask[going], mask.new_ones(len(going), new.shape[1])], 1)
         responses += drawn
-    return responses
+    return responses[:len(prompts) * group_size]
 
 
 def micro_batches(lengths, budget):
@@ -966,7 +973,8 @@ def score(policy, prompts, responses, micro_tokens, temperature=1.0):
     for head, rows in shared_heads(prompts, responses):
         lengths = [len(prompts[i]) - len(head) + len(responses[i]) for i in rows]
         calls += [(head, [])] * bool(head)
-        calls += [(head, [rows[k] for k in micro]) for micro in micro_batches(lengths, micro_tokens)]
+        for micro in micro_batches(lengths, micro_tokens):
+            calls.append((head, [rows[k] for k in micro]))
     real = padded = 0
     for head, rows in as_many_everywhere(calls, ([], [])):
         if not rows:
@@ -1035,10 +1043,11 @@ def shard(policy, dtype, device):
 
 
 @contextmanager
-def gathered(policy):
-    """Weights are whole inside: decoding communicates nothing, ranks may stop at other lengths."""
+def gathered(policy, sharded=False):
+    """Weights are whole inside: decoding communicates nothing, ranks may stop at other lengths.
+    sharded: they stay split, where they do not fit."""
     layers = [module for module in policy.modules() if isinstance(module, FSDPModule)]
-    if not layers:                                       # eval.py: never split
+    if sharded or not layers:                            # eval.py: never split
         yield
         return
     policy.set_reshard_after_forward(False)
@@ -1209,7 +1218,8 @@ def open_run(cfg, rank):
     if rank == 0:
         old = output / "config.json"
         free = {"steps", "output", "resume", "save_every", "keep", "eval_every", "sample_every",
-                "tracker", "micro_tokens", "rollout_batch", "init_from", "trust_remote_code"}
+                "tracker", "micro_tokens", "rollout_batch", "shard_rollout",
+                "init_from", "trust_remote_code"}
         flags = dataclasses.asdict(cfg)
         if old.exists() and not cfg.resume:
             problem = f"{output} already holds a run: add --resume, or choose another --output"
@@ -1307,6 +1317,57 @@ def peak_memory_gib():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20    # KiB on Linux
 
 
+def memory_estimate(config, parameters, world, rows, prompt, response, micro_tokens,
+                    checkpointing=False, sharded=False, width=2):
+    """GiB that one GPU needs at most, by purpose; config: the Hugging Face model's text config.
+
+    rows are decoded at once on a GPU, all of them as long as prompt + response; `width` is the
+    compute type's bytes. Activations are an estimate of what backward keeps of gated layers.
+    """
+    c, layers = config, config.num_hidden_layers
+    heads = c.num_attention_heads
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // heads
+    kv = 2 * (getattr(c, "num_key_value_heads", None) or heads) * head_dim
+    expert = getattr(c, "moe_intermediate_size", None)
+    inner = (expert * c.num_experts_per_tok if expert
+             else getattr(c, "intermediate_size", None) or 4 * c.hidden_size)
+    tokens = max(micro_tokens, prompt + response)
+    layer = width * (10 * c.hidden_size + 3 * heads * head_dim + 2 * kv + 4 * inner)     # a token's
+    kept = layer + layers * width * c.hidden_size if checkpointing else layers * layer
+    root = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
+    parts = {
+        "state": 16 * parameters / world,         # float32: weights, gradients, AdamW's two moments
+        # gathered for rollouts, in the compute type
+        "weights": width * (root + 2 * (parameters - root) / layers if sharded else parameters),
+        "cache": rows * (prompt + response) * layers * kv * width,
+        "activations": tokens * kept,
+        "layers": (width + 4) * (root + 2 * (parameters - root) / layers),   # two at a time, grads
+        "logits": 4 * 4 * min(2**26, tokens * c.vocab_size)}     # float32: log-softmax, gradients
+    parts = {name: size / 2**30 for name, size in parts.items()}
+    rollout = parts["weights"] + parts["cache"]
+    training = parts["layers"] + parts["activations"] + parts["logits"]
+    return parts | {"rollout": parts["state"] + rollout, "training": parts["state"] + training,
+                    "peak": parts["state"] + max(rollout, training)}
+
+
+def say_memory(cfg, policy, world, device, say):
+    """Prints the estimate, and a warning where the card is smaller."""
+    need = memory_estimate(
+        policy.model.config.get_text_config(), sum(p.numel() for p in policy.parameters()), world,
+        min(cfg.rollout_batch or 10**9, cfg.problems_per_step // world * cfg.group_size),
+        cfg.max_prompt_tokens, cfg.max_tokens, cfg.micro_tokens, cfg.gradient_checkpointing,
+        cfg.shard_rollout, compute_dtype(cfg, device).itemsize)
+    say("memory per process at most, GiB: {peak:.1f} = state {state:.1f} + the larger of rollouts "
+        "(weights {weights:.1f}, cache {cache:.1f}) and training (layers {layers:.1f}, "
+        "activations {activations:.1f}, logits {logits:.1f})".format(**need))
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device).total_memory / 2**30
+        if need["peak"] > card:
+            say(f"that is more than the card's {card:.0f} GiB: lower --rollout_batch, "
+                "--micro_tokens or --max_tokens, set --gradient_checkpointing or "
+                "--shard_rollout, or use more GPUs")
+
+
 # ------------------------------------------------------------------------------------------------
 # 9. Training: Algorithm 1
 # ------------------------------------------------------------------------------------------------
@@ -1400,7 +1461,7 @@ def build(cfg, tokenizer, device):
 
 def roll_out(policy, tokenizer, problems, k, **settings):
     """k graded responses to each problem, groups consecutive; settings are those of `sample`."""
-    with gathered(policy):
+    with gathered(policy, settings.get("sharded")):
         responses = sample(policy, [p["prompt"] for p in problems], k, **settings)
     rollouts = []
     for i, ids in enumerate(responses):
@@ -1422,7 +1483,7 @@ def evaluate(policy, tokenizer, problems, cfg):
     torch.manual_seed(hash((cfg.seed, rank)) % 2**63)    # the same draws at every evaluation
     rollouts = roll_out(policy, tokenizer, problems[rank::world], k, max_tokens=cfg.max_tokens,
                         temperature=cfg.eval_temperature, top_p=cfg.eval_top_p,
-                        rollout_batch=cfg.rollout_batch)
+                        rollout_batch=cfg.rollout_batch, sharded=cfg.shard_rollout)
     mine = [statistics.fmean(r.reward for r in rollouts[i:i + k])
             for i in range(0, len(rollouts), k)]
     scores = sum(gather(mine), [])
@@ -1575,6 +1636,7 @@ def train(cfg):
     tokenizer, problems, held_out, longest = prepare(cfg, world)
     run = open_run(cfg, rank)
     policy, optimizer, source_dtype = build(cfg, tokenizer, device)
+    say_memory(cfg, policy, world, device, say)
     gate = EntropyGate(cfg.warmup_steps, cfg.tau_down)
     statistic = {"mean": global_mean, "median": global_median}[cfg.gate_stat]
     now = {"step": 0, "position": 0, "skipped_updates": 0, "failures": 0,
@@ -1602,7 +1664,8 @@ def train(cfg):
         torch.manual_seed(hash((cfg.seed, step, rank)) % 2**63)
         with phase("rollout", seconds):
             rollouts = roll_out(policy, tokenizer, mine, cfg.group_size, max_tokens=cfg.max_tokens,
-                                temperature=cfg.temperature, rollout_batch=cfg.rollout_batch)
+                                temperature=cfg.temperature, rollout_batch=cfg.rollout_batch,
+                                sharded=cfg.shard_rollout)
         prompts, responses = [r.problem["prompt"] for r in rollouts], [r.ids for r in rollouts]
         rewards = torch.tensor([r.reward for r in rollouts], device=device)          # (N,)
         lengths = torch.tensor([len(ids) for ids in responses], device=device)

@@ -515,6 +515,29 @@ def test_at_most_a_tenth_is_padding_on_long_tails():
     assert len(batches) < 30
 
 
+def test_memory_estimate_against_what_is_there(root):
+    """Parameters, cache and state in bytes against real tensors; a bound for the activations."""
+    for kind in ("qwen3", "llama"):
+        model = tiny(kind)
+        c, count = model.config, sum(p.numel() for p in model.parameters())
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda x: (kept.append((x.data_ptr(), x.numel() * x.element_size())), x)[1],
+                lambda x: x):
+            model.base_model(input_ids=torch.zeros(1, 256, dtype=torch.long), use_cache=False)
+        cache = antisd.DynamicCache(config=c)
+        model(input_ids=torch.zeros(3, 11, dtype=torch.long), past_key_values=cache)
+        need = antisd.memory_estimate(c, count, 2, 3, 4, 7, 256, width=4)
+        held = sum(k.nbytes + v.nbytes for k, v, *_ in cache)
+        assert need["cache"] * 2**30 == pytest.approx(held)
+        assert need["state"] * 2**30 == 8 * count and need["weights"] * 2**30 == 4 * count
+        owned = sum(dict(kept).values()) - 4 * count
+        assert 0.7 * owned < need["activations"] * 2**30 < 1.5 * owned
+        assert need["peak"] == max(need["rollout"], need["training"])
+        leaner = antisd.memory_estimate(c, count, 2, 3, 4, 7, 256, True, True, width=4)
+        assert leaner["activations"] < need["activations"] and leaner["weights"] <= need["weights"]
+
+
 # ------------------------------------------------------------------------------------------------
 # Rollouts
 # ------------------------------------------------------------------------------------------------
@@ -1818,6 +1841,21 @@ def greedy_evaluation(root):
     return [antisd.evaluate(policy, TOKENIZER, problems[:n], cfg) for n in EVALUATED]
 
 
+def sharded_rollouts(root):
+    """Greedy, with weights that stay split: one prompt on rank 0, three one after the other on rank
+    1, all of other lengths -> (expected, [rank 0's, rank 1's])."""
+    model = AutoModelForCausalLM.from_pretrained(root / "qwen3").eval()
+    references = [argmax_decode(model, prompt, 20) for prompt in PROMPTS]
+    ends, _ = spread_ends(references, stride=6)
+    policy, _, _ = antisd.build(config(root, model=str(root / "qwen3")), TOKENIZER, CPU)
+    policy.eos_ids = ends
+    mine = PROMPTS[1:] if dist.get_rank() else PROMPTS[:1]
+    with antisd.gathered(policy, sharded=True):
+        assert any(isinstance(p, torch.distributed.tensor.DTensor) for p in policy.parameters())
+        drawn = antisd.sample(policy, mine, 1, 20, 0, rollout_batch=1, sharded=True, stride=6)
+    return [cut(row, ends) for row in references], antisd.gather(drawn)
+
+
 EVALUATED = (7, 1)                                       # with 1, the second rank has none
 
 
@@ -1827,6 +1865,7 @@ def worker(root):
     antisd.setup()
     results = {name: run_case(root, name) for name in CASES if name != "two updates"}
     results["evaluation"] = greedy_evaluation(root)
+    results["sharded"] = sharded_rollouts(root)
     rolled, original = [], antisd.roll_out
 
     def kept(*args, **options):
@@ -1885,6 +1924,12 @@ def test_the_gate_reads_the_global_batch(root, two_ranks):
     for row in rows:
         assert row["lam"] == 0.5 * gate.update(row["teacher_entropy_median"])
         assert row["h_warm"] == pytest.approx(gate.h_warm)
+
+
+def test_sharded_weights_decode_uneven_lengths(two_ranks):
+    expected, (first, second) = two_ranks["sharded"]
+    assert (len(first), len(second)) == (1, 3) and len({len(row) for row in expected}) > 2
+    assert first + second == expected
 
 
 def test_ranks_share_out_the_problems_and_draw_different_responses(root, two_ranks):
