@@ -579,8 +579,8 @@ path{fill:none;stroke-width:1.8}.raw{stroke-width:1;opacity:.3}
 
 
 def load_runs(folders):
-    """{arm: [rows of metrics.jsonl of each of its seeds]}. An arm is a method and whatever flags
-    differ between the runs besides seed and machine."""
+    """{arm: {seed: rows of metrics.jsonl}}. An arm is a method and whatever flags differ between
+    the runs besides seed and machine."""
     runs = []
     for folder in map(Path, folders):
         try:
@@ -588,6 +588,7 @@ def load_runs(folders):
             lines = (folder / "metrics.jsonl").read_text().splitlines()
         except FileNotFoundError as error:
             raise InputError(f"--curves {folder}: no {Path(error.filename).name} there") from None
+        flags["init_from"] = bool(flags.get("init_from"))        # each seed has a folder of its own
         runs.append((flags, [json.loads(line) for line in lines]))
     free = ("seed", "output", "method", "steps", "resume", "tracker", "save_every", "keep",
             "sample_every", "micro_tokens", "rollout_batch", "eval_every")
@@ -596,7 +597,8 @@ def load_runs(folders):
     arms = {}
     for flags, rows in runs:
         label = " ".join([flags["method"], *(f"{k}={flags.get(k)}" for k in differ)])
-        arms.setdefault(label, []).append(rows)
+        if arms.setdefault(label, {}).setdefault(flags["seed"], rows) is not rows:
+            raise InputError(f"--curves: two runs of {label} have seed {flags['seed']}")
     return dict(sorted(arms.items(), key=lambda arm: not arm[0].startswith("grpo")))
 
 
@@ -617,21 +619,52 @@ def rolling(values, width=20):
             for i, step in enumerate(steps)}
 
 
+def spread(values):
+    """(mean, sd over seeds); the sd of one value is None."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def paired(ours, theirs):
+    """(mean, its standard error) of ours - theirs over the seeds both have; error None for one."""
+    gaps = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    if not gaps:
+        return None
+    mean, sd = spread(gaps)
+    return mean, None if sd is None else sd / math.sqrt(len(gaps))
+
+
 def compare(arms):
-    """{arm: seeds, best held-out accuracy and its step, the last one, speed-up}. Speed-up is the
-    paper's: GRPO's best step / the first step at which the arm reaches GRPO's best."""
-    curves = {arm: pooled([trace(rows, "eval_accuracy") for rows in runs])
-              for arm, runs in arms.items()}
-    grpo = next((curves[arm] for arm in arms if arm.startswith("grpo")), {})
-    goal = max(grpo.values(), default=math.inf)
-    rows = {}
+    """{arm: seeds; held-out accuracy before, at the best step of the seeds' mean, at the end; the
+    paired differences against grpo of the last two; speed-up; and the end of the run in length,
+    entropies and the gate's share}. Speed-up is the paper's: GRPO's best step / the first step at
+    which the arm reaches GRPO's best."""
+    seeds = {arm: {seed: trace(rows, "eval_accuracy") for seed, rows in runs.items()}
+             for arm, runs in arms.items()}
+    curves = {arm: pooled(list(part.values())) for arm, part in seeds.items()}
+    base = next((arm for arm in arms if arm.startswith("grpo")), None)
+    grpo = curves.get(base, {})
+    goal, marks, out = max(grpo.values(), default=math.inf), {}, {}
+    for arm, curve in curves.items():                    # max: the first of equals
+        marks[arm] = {"before": min(curve, default=None), "final": max(curve, default=None),
+                      "best": max(curve, key=curve.get, default=None)}
     for arm, curve in curves.items():
-        best = max(curve, key=curve.get, default=None)       # the first of equals
+        row = out[arm] = {"seeds": len(arms[arm]), "best_step": marks[arm]["best"]}
+        for name, step in marks[arm].items():
+            row[name] = spread([c[step] for c in seeds[arm].values()]) if curve else None
+            row[f"{name}_gap"] = paired(
+                {seed: c[step] for seed, c in seeds[arm].items()},
+                {seed: c[marks[base][name]] for seed, c in seeds[base].items()}
+            ) if curve and grpo and arm != base else None
         reached = next((step for step, value in curve.items() if value >= goal), None)
-        rows[arm] = {"seeds": len(arms[arm]), "best": curve.get(best), "best_step": best,
-                     "final": list(curve.values())[-1] if curve else None,
-                     "speed_up": max(grpo, key=grpo.get) / reached if reached else None}
-    return rows
+        row["speed_up"] = marks[base]["best"] / reached if reached else None
+        for key in ("length", "student_entropy", "teacher_entropy"):
+            last = [trace(rows, key) for rows in arms[arm].values()]
+            last = [t[max(t)] for t in last if t]
+            row[key] = statistics.fmean(last) if last else None
+        gates = [r["gate"] for rows in arms[arm].values() for r in rows
+                 if r.get("h_warm") is not None]         # over all seeds' steps with a gate
+        row["gate"] = statistics.fmean(gates) if gates else None
+    return out
 
 
 def ticks(low, high):
@@ -647,9 +680,9 @@ def panel(arms, key, title, x, y):
     """One plot as a nested <svg> at (x, y), 470 x 260: raw traces faded, their rolling mean, the
     range over seeds as a band. Held-out accuracy and the gate's steps are drawn as they are."""
     smooth = dict if key in ("eval_accuracy", "lam") else rolling
-    traces = {arm: [trace(rows, key) for rows in runs if trace(rows, key)]
+    traces = {arm: [trace(rows, key) for rows in runs.values() if trace(rows, key)]
               for arm, runs in arms.items()}
-    h_warm = {arm: trace(runs[0], "h_warm") for arm, runs in arms.items()
+    h_warm = {arm: trace(next(iter(runs.values())), "h_warm") for arm, runs in arms.items()
               if key == "teacher_entropy" and traces[arm]}
     values = [v for t in [*sum(traces.values(), []), *h_warm.values()] for v in t.values()]
     last = max((step for t in sum(traces.values(), []) for step in t), default=0) or 1
@@ -682,7 +715,7 @@ def panel(arms, key, title, x, y):
             out.append(path(mean, f"a{i % 8}"))
         if h_warm.get(arm):
             out.append(path(h_warm[arm].items(), f"warm a{i % 8}"))
-            shut = [row["step"] for rows in arms[arm] for row in rows
+            shut = [row["step"] for rows in arms[arm].values() for row in rows
                     if row.get("h_warm") is not None and row["gate"] == 0]
             out += [f'<rect class="f{i % 8}" x="{at(step, 0).split(",")[0]}" y="{228 + 3 * i}" '
                     f'height="3" width="{400 / last:.2f}" opacity="{1 / len(arms[arm]):.2f}"/>'
@@ -694,11 +727,25 @@ def panel(arms, key, title, x, y):
 def draw_curves(cfg):
     """Prints the table of `compare` and writes the picture, one self-contained SVG."""
     arms = load_runs(cfg.curves)
-    lines, names = [["arm", "seeds", "best held-out", "at step", "final", "speed-up"]], []
+    lines, names = [["arm", "seeds", "before", "best", "at step", "- grpo", "final", "- grpo",
+                     "speed-up", "length", "H_S", "H_T", "gate open"]], []
+
+    def cell(pair, sign=""):
+        if pair is None:
+            return "-"
+        mean, error = pair
+        return f"{100 * mean:{sign}.1f}" + ("" if error is None else f" +- {100 * error:.1f}")
+
+    def number(value, form):
+        return "-" if value is None else format(value, form)
+
     for arm, row in compare(arms).items():
         speed = f"{row['speed_up']:.1f}x" if row["speed_up"] else "-"
-        lines.append([arm, str(row["seeds"]), percent(row["best"]), str(row["best_step"]),
-                      percent(row["final"]), speed])
+        lines.append([arm, str(row["seeds"]), cell(row["before"]), cell(row["best"]),
+                      str(row["best_step"]), cell(row["best_gap"], "+"), cell(row["final"]),
+                      cell(row["final_gap"], "+"), speed, number(row["length"], ".0f"),
+                      number(row["student_entropy"], ".2f"), number(row["teacher_entropy"], ".2f"),
+                      number(row["gate"], ".0%")])
         note = "1 seed" if row["seeds"] == 1 else f"{row['seeds']} seeds"
         names.append(f"{arm} ({note}{f', {speed}' if speed != '-' else ''})")
     print(align(lines))
@@ -714,7 +761,9 @@ def draw_curves(cfg):
                       for i, (key, title) in enumerate(PANELS)) + "</svg>\n")
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, page)
-    print(f"speed-up: GRPO's best step / the first step at which the arm reaches GRPO's best\n"
+    print("held-out accuracy in percent, +- sd over seeds; - grpo: by seed, +- standard error\n"
+          "length and entropies of the last step; gate open: share of the steps after the warm-up\n"
+          f"speed-up: GRPO's best step / the first step at which the arm reaches GRPO's best\n"
           f"{output} holds the picture")
 
 

@@ -2299,16 +2299,37 @@ def test_curves_table_speed_up_and_picture_by_hand(tmp_path, capsys):
     rows = evaluation.compare(evaluation.load_runs(runs))
     assert list(rows) == ["grpo", "antisd", "sd"]        # the baseline first
     # GRPO's best is 0.4 at step 6; the seeds of antisd average 0.1, 0.4, 0.8 at steps 0, 2, 4
-    assert rows["grpo"] == {"seeds": 1, "best": .4, "best_step": 6, "final": 0.0, "speed_up": 1.0}
-    assert rows["antisd"]["best"] == pytest.approx(.8) and rows["antisd"]["best_step"] == 4
+    assert rows["grpo"]["best"] == (.4, None) and rows["grpo"]["best_step"] == 6
+    assert rows["grpo"]["final"] == (0.0, None) and rows["grpo"]["speed_up"] == 1.0
+    assert rows["grpo"]["best_gap"] is None and rows["grpo"]["gate"] is None
+    assert rows["antisd"]["best"] == pytest.approx((.8, .02 ** .5))          # .7 and .9
+    assert rows["antisd"]["best_step"] == 4 and rows["antisd"]["before"] == pytest.approx((.1, 0))
+    # grpo has seed 0 only, so one pair: .7 - .4 at the best steps, 0 - 0 at the end
+    assert rows["antisd"]["best_gap"] == (pytest.approx(.3), None)
+    assert rows["antisd"]["final_gap"] == (0.0, None)
+    assert rows["antisd"]["length"] == 10 and rows["antisd"]["gate"] == 7 / 8
     assert rows["antisd"]["seeds"] == 2 and rows["antisd"]["speed_up"] == pytest.approx(6 / 2)
     assert rows["sd"]["speed_up"] is None
     evaluation.draw_curves(evaluation.EvalConfig(curves=runs, output=str(tmp_path / "c.svg")))
-    assert "antisd      2           80.0        4" in capsys.readouterr().out
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("antisd"))
+    assert re.split("  +", line)[:7] == ["antisd", "2", "10.0 +- 0.0", "80.0 +- 14.1", "4",
+                                         "+30.0", "0.0 +- 0.0"]
     svg = (tmp_path / "c.svg").read_text()
     xml.dom.minidom.parseString(svg)
     assert svg.count('class="band') == 6 and svg.count('class="warm') == 2    # 2 seeds; 2 gated
     assert "http" not in svg.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_paired_difference_by_hand_and_two_runs_of_one_seed():
+    mean, error = evaluation.paired({1: .5, 2: .7, 3: .9}, {1: .4, 2: .3, 9: .0})
+    assert mean == pytest.approx(.25) and error == pytest.approx(.15)    # gaps .1 and .4
+    assert evaluation.paired({1: .5}, {2: .5}) is None
+
+
+def test_one_arm_takes_each_seed_once(tmp_path):
+    runs = [metrics_of(tmp_path / name, "grpo", [.1]) for name in "ab"]
+    with pytest.raises(antisd.InputError, match="two runs of grpo have seed 0"):
+        evaluation.load_runs(runs)
 
 
 def test_arms_differ_by_method_or_flags_but_not_by_seed(tmp_path):
