@@ -14,11 +14,11 @@ collapses.
 
 Algorithm 1, line by line                                                in train():
     1  y ~ pi_S(.|x), G responses per problem, R(x, y)                   sample, is_correct
-    2  s_t = log pi_S(y_t)                                               Policy, in update
+    2  s_t = log pi_S(y_t)                                               Policy.forward, in update
     3  t_t = log pi_T(y_t), c in the prompt                              score on teacher_prompts
     4  u_t = t_t - s_t, the pointwise mutual information, Eq. (4)        u, in update
     5  phi(u_t), the bounded shape, Eq. (6)                              METHODS, phi
-    6  H, the teacher's entropy over the batch                           global_mean
+    6  H, the teacher's entropy over the batch                           global_mean, _median
     7  g, the Schmitt trigger; lambda = g * lambda_max, Eq. (7)          EntropyGate
     8  A_t = A_seq - lambda * sg[phi(u_t)], Eq. (2), (6)                 token_advantages
     9  one policy-gradient update                                        policy_loss
@@ -51,8 +51,7 @@ import subprocess
 import sys
 import threading
 import time
-import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 
@@ -61,6 +60,7 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import datasets
+import numpy
 import safetensors
 import torch
 import torch.distributed as dist
@@ -73,12 +73,11 @@ from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shar
                                     register_fsdp_forward_method)
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache,
-                          GenerationConfig)
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer,
+                          ContinuousBatchingConfig, DynamicCache, GenerationConfig)
 
-# ------------------------------------------------------------------------------------------------
-# 1. The method: pure tensor functions
-# ------------------------------------------------------------------------------------------------
+
+# --- 1. The method: pure tensor functions ---------------------------------------------------------
 
 
 def group_advantages(rewards, group_size):
@@ -109,12 +108,13 @@ def phi(u):
 #     grad  KL(pi_S || pi_T) = E[  -u_v    grad log pi_S(v)]     so delta = +u descends the KL.
 METHODS = {
     "grpo": torch.zeros_like,           # the baseline
-    "sd": lambda u: u,                  # default self-distillation, Eq. (3); our choice: both
-    "sd_jsd": lambda u: phi(u),         # readings of SD, this one with AntiSD's bounded shape
+    "sd": lambda u: u,                  # self-distillation, Eq. (3)
+    "sd_jsd": phi,                      # our choice: also as the paper's table probably ran it
     "antisd": lambda u: -phi(u),        # Eq. (6)
     "antisd_kl": lambda u: -u,          # ablation: ascend the reverse KL, unbounded
     "no_teacher": lambda u: -phi(u),    # ablation: the trainer passes u = -s (log pi_T := 0)
 }
+
 GATED = ("antisd", "antisd_kl", "no_teacher")    # our choice: warm-up and gate are AntiSD's alone
 
 
@@ -179,253 +179,7 @@ def policy_loss(logp, old_logp, advantages, mask, num_tokens, clip=0.2):
     return -(surrogate * mask).sum() / num_tokens
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. Configuration: every field is a flag, every default is the paper's unless the text says so
-# ------------------------------------------------------------------------------------------------
-
-
-class InputError(ValueError):
-    """Something the user can mend. Printed as one line; the process ends with code 2."""
-
-
-class RankError(RuntimeError):
-    """One rank's own fault, such as memory: that rank prints the line."""
-
-
-def flag(default, text, **options):
-    return dataclasses.field(default=default, metadata={"help": text, **options})
-
-
-def check_flags(cfg):
-    """Raises InputError where a field breaks its own metadata, or the template's JSON is none."""
-    for field in dataclasses.fields(cfg):
-        value, rules = getattr(cfg, field.name), field.metadata
-        if value not in rules.get("choices", [value]):
-            raise InputError(f"--{field.name} {value!r}: choose from {rules['choices']}")
-        if "least" in rules and not rules["least"] <= value < math.inf:
-            raise InputError(f"--{field.name} {value}: must be at least {rules['least']}")
-    try:
-        dict(cfg.template_kwargs.items())
-    except (ValueError, AttributeError):
-        raise InputError("--chat_template_kwargs must be a JSON object, such as "
-                         """'{"enable_thinking": false}'""") from None
-
-
-@dataclasses.dataclass
-class Config:
-    # the model and what it reads
-    model: str = flag("", "Hugging Face folder or hub id of a chat model (required)")
-    dataset: str = flag("open-r1/DAPO-Math-17k-Processed",
-                        "training problems: .jsonl, .json or .parquet file, or hub id (Table 5)")
-    dataset_config: str = flag("all", "configuration of a hub data set; not used for files")
-    split: str = flag("train", "split of a hub data set; not used for files")
-    max_prompt_tokens: int = flag(2048, "longer problems are dropped and counted (not the paper's)",
-                                  least=1)
-    chat_template_kwargs: str = flag("{}", "JSON for the chat template, the same for student and "
-                                     """teacher: '{"enable_thinking": false}' for Qwen3 hybrids""")
-    trust_remote_code: bool = flag(False, "run model code that comes with the checkpoint")
-    # the method
-    method: str = flag("antisd", "which per-token term joins GRPO", choices=list(METHODS))
-    compose: str = flag("add", "A + lam * delta, or mul: A * (1 + lam * delta) (Table 3)",
-                        choices=["add", "mul"])
-    lam: float = flag(0.5, "lambda_max, weight of the per-token term (Table 5)", least=0)
-    warmup_steps: int = flag(5, "W: steps with lambda 0 that calibrate H_warm (Table 5)", least=0)
-    tau_down: float = flag(0.93, "the gate shuts below tau_down * H_warm; 0: no gate (Table 5)",
-                           least=0)
-    gate_stat: str = flag("mean", "the gate's statistic of token entropies; median is the paper's "
-                          "text, but a token median is near 0 nats", choices=["mean", "median"])
-    gate_source: str = flag("teacher", "whose entropy moves the gate (Table 3)",
-                            choices=["teacher", "student"])
-    # the rollout
-    problems_per_step: int = flag(32, "B, over all ranks (Table 5)", least=1)
-    group_size: int = flag(8, "G, responses per problem (Table 5)", least=2)
-    max_tokens: int = flag(32768, "longest response, in tokens (Table 5)", least=1)
-    temperature: float = flag(1.0, "of rollouts; scoring divides by it too (Table 5)")
-    rollout_batch: int = flag(0, "responses decoded at once on a rank, bounds the KV cache; 0: all",
-                              least=0)
-    shard_rollout: bool = flag(False, "decode with sharded weights, gathered layer by layer for "
-                               "every token: for models that do not fit on a GPU; much slower")
-    # the update
-    lr: float = flag(1e-6, "AdamW's constant learning rate (Table 5)", least=0)
-    warmup_lr_steps: int = flag(0, "linear learning-rate warm-up, in steps", least=0)
-    weight_decay: float = flag(0.01, "AdamW's (not in the paper)", least=0)
-    max_grad_norm: float = flag(1.0, "gradient clipping (not in the paper)")
-    clip: float = flag(0.2, "PPO clip; inert while updates_per_batch is 1 (Table 5)")
-    steps: int = flag(200, "training steps (Table 5)", least=1)
-    updates_per_batch: int = flag(1, "optimizer updates per rollout batch (Table 5: a clip)",
-                                  least=1)
-    loss_agg: str = flag("token", "token: sum over tokens / tokens of the step; seq: mean over "
-                         "responses of their means (not in the paper)", choices=["token", "seq"])
-    mask_truncated: bool = flag(False, "leave truncated responses out of the loss")
-    # the machine
-    micro_tokens: int = flag(16384, "tokens (padding included) of one scoring or training "
-                             "micro-batch; a longer response goes alone", least=1)
-    gradient_checkpointing: bool = flag(False, "recompute layers in backward: slower, leaner")
-    dtype: str = flag("auto", "compute type; auto is bfloat16 on CUDA and float32 on the CPU; "
-                      "master weights are float32", choices=["auto", "bfloat16", "float32"])
-    seed: int = flag(0, "of data order, rollouts and the choice of solutions")
-    # validation, records
-    eval_dataset: str = flag("", "held-out problems; evaluated before the first and after the last "
-                             "step")
-    eval_every: int = flag(0, "also evaluate every so many steps", least=0)
-    eval_samples: int = flag(1, "responses per held-out problem", least=1)
-    eval_temperature: float = flag(0.7, "of evaluation (Table 5); 0 is greedy", least=0)
-    eval_top_p: float = flag(0.95, "of evaluation (Table 5)")
-    output: str = flag("runs/antisd", "folder of this run")
-    save_every: int = flag(20, "steps between checkpoints; 0: none", least=0)
-    keep: int = flag(2, "newest checkpoints kept", least=1)
-    resume: bool = flag(False, "continue the run in --output from its newest whole checkpoint")
-    init_from: str = flag("", "folder of a run whose weights, optimizer and data position to start "
-                          "from, with step count and gate fresh (continual AntiSD)")
-    sample_every: int = flag(10, "steps between rollouts shown and kept in samples.jsonl", least=1)
-    tracker: str = flag("", "wandb or trackio, if installed", choices=["", "wandb", "trackio"])
-
-    def __post_init__(self):
-        check_flags(self)
-        for wrong, text in (
-            (not self.model, "--model is required: a Hugging Face folder or a hub id"),
-            (not self.temperature > 0, "--temperature: rollouts are samples, it must be above 0"),
-            (not 0 < self.eval_top_p <= 1, "--eval_top_p must be above 0 and at most 1"),
-            (not 0 < self.clip < 1, "--clip must be between 0 and 1"),
-            (not self.max_grad_norm > 0, "--max_grad_norm must be above 0"),
-            (not self.warmup_steps and self.tau_down and self.method in GATED,
-             "--warmup_steps 0 leaves the gate without H_warm; no gate at all is --tau_down 0"),
-        ):
-            if wrong:
-                raise InputError(text)
-
-    @property
-    def template_kwargs(self):
-        return json.loads(self.chat_template_kwargs)
-
-
-class FlagParser(argparse.ArgumentParser):
-    def convert_arg_line_to_args(self, line):            # @file: several words a line, # comments
-        try:
-            return shlex.split(line, comments=True)
-        except ValueError as error:
-            self.error(f"{error} in the line {line!r}")
-
-    def error(self, message):                            # one line instead of the whole usage
-        raise InputError(message)
-
-
-def parse_config(argv=None, kind=Config, text=__doc__):
-    """Flags (default: the command line) -> a dataclass of fields made by `flag`; raises InputError
-    with one line on bad input."""
-    parser = FlagParser(description=text.split("\n\n")[0], fromfile_prefix_chars="@",
-                        allow_abbrev=False)
-    for field in dataclasses.fields(kind):
-        names = list(dict.fromkeys([f"--{field.name}", "--" + field.name.replace("_", "-")]))
-        options = ({"action": argparse.BooleanOptionalAction} if field.type is bool
-                   else {"nargs": "+"} if field.type is list
-                   else {"type": field.type, "choices": field.metadata.get("choices")})
-        parser.add_argument(*names, default=field.default,
-                            help=f"{field.metadata['help']} [{field.default}]".replace("%", "%%"),
-                            **options)
-    return kind(**vars(parser.parse_args(argv)))
-
-
-# ------------------------------------------------------------------------------------------------
-# 3. Data, and what the student and the teacher read
-# ------------------------------------------------------------------------------------------------
-
-DAPO_HEAD = ("Solve the following math problem step by step. The last line of your response should "
-             "be of the form Answer:")
-DAPO_TAIL = 'Remember to put your answer on its own line after "Answer:".'
-
-
-def load_problems(path, split=None, limit=None, config=None):
-    """Problems from a .jsonl, .json or .parquet file, or from a hub data set.
-
-    Returns a list of {"id": row number, "problem": str, "answer": str, "solution": str or None};
-    rows with the same problem are merged, the first one stays. Columns recognised:
-    problem | question | prompt (text or chat messages); answer | final_answer |
-    reward_model.ground_truth | Answer; solution. Raises InputError, which names the columns found.
-    """
-    problems = {}
-    for number, row in enumerate(_rows(path, split, config)):
-        where = f"{path}: row {number + 1}"
-        if not isinstance(row, dict):
-            raise InputError(f"{where} is not an object with named fields")
-        found = f"the columns are {', '.join(map(str, row))}"
-        text = next((row[k] for k in ("problem", "question", "prompt") if row.get(k)), None)
-        if isinstance(text, list):                       # chat messages: the user's last turn
-            turns = [t for t in text if isinstance(t, dict) and t.get("role") == "user"]
-            text = turns[-1].get("content") if turns else None
-        if not isinstance(text, str) or not text.strip():
-            raise InputError(f"{where} has no problem (problem, question or prompt); {found}")
-        if isinstance(row.get("reward_model"), dict):
-            row = {**row, "reward_model.ground_truth": row["reward_model"].get("ground_truth")}
-        keys = ("answer", "final_answer", "reward_model.ground_truth", "Answer")
-        answer = next((str(row[k]) for k in keys if row.get(k) not in (None, "")), None)
-        if answer is None:
-            raise InputError(f"{where} has no answer ({', '.join(keys)}); {found}")
-        solution = row.get("solution")
-        if "####" in answer:                             # GSM8K: the working, #### and the number
-            solution, answer = answer, answer.rsplit("####", 1)[1].replace(",", "")
-        if text.startswith(DAPO_HEAD):                   # asks for "Answer:", our reward for a box
-            text = text.split("\n\n", 1)[-1].replace(DAPO_TAIL, "")
-        text, answer = text.strip(), answer.strip()
-        problems.setdefault(text, {"id": number, "problem": text, "answer": answer,
-                                   "solution": _worked_solution(solution, answer)})
-        if limit and len(problems) >= limit:
-            break
-    if not problems:
-        raise InputError(f"{path} holds no problems")
-    return list(problems.values())
-
-
-def _rows(path, split, config):
-    """The raw rows. JSON is read here: errors name the line, and a column may mix types."""
-    file = Path(path)
-    if file.suffix in (".jsonl", ".json", ".parquet") and not file.is_file():
-        raise InputError(f"{path}: no such file")
-    if file.suffix == ".jsonl":
-        with open(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        yield json.loads(line)
-                    except ValueError as error:          # not JSON, or not UTF-8
-                        raise InputError(f"{path}: line {number} is not JSON: {error}") from None
-    elif file.suffix == ".json":
-        try:
-            rows = json.loads(file.read_bytes())
-        except ValueError as error:
-            raise InputError(f"{path} is not JSON: {error}") from None
-        if not isinstance(rows, list):
-            raise InputError(f"{path} must hold a list of objects; for one a line call it .jsonl")
-        yield from rows
-    else:
-        try:
-            if file.suffix == ".parquet":
-                yield from datasets.load_dataset("parquet", data_files=str(file), split="train")
-            else:
-                sets = datasets.load_dataset(path, config or None, split=split)
-                yield from sets if split else sets.get("test") or next(iter(sets.values()))
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"cannot load the data set {path}: {reason}") from None
-
-
-def _worked_solution(solution, answer):
-    """A solution for the teacher, or None where the column repeats the answer (DAPO-Math does)."""
-    if not solution or str(solution).strip() == answer:
-        return None
-    text = re.sub(r"<<[^<>]*>>", "", str(solution)).strip()        # GSM8K's calculator notes
-    work, mark, final = text.rpartition("\n####")
-    return f"{work}\nThe answer is \\boxed{{{final.strip()}}}." if mark else text
-
-
-def next_problems(problems, position, count, seed):
-    """`count` problems from `position` on; the order is a function of (seed, epoch) alone."""
-    batch = []
-    for p in range(position, position + count):
-        epoch, place = divmod(p, len(problems))
-        shuffle = torch.Generator().manual_seed(seed * 100_003 + epoch)
-        batch.append(problems[int(torch.randperm(len(problems), generator=shuffle)[place])])
-    return batch
+# --- 2. What the student and the teacher read -----------------------------------------------------
 
 
 def student_messages(problem):
@@ -489,10 +243,21 @@ def teacher_prompt(tokenizer, problem, solution, correct, template_kwargs, longe
     return prompt
 
 
-# ------------------------------------------------------------------------------------------------
-# 4. The verifiable reward: `extract_boxed` and, at the end of the section, `is_correct`; between
-# them stands what makes the equality of answers hard, and may be skipped
-# ------------------------------------------------------------------------------------------------
+def teacher_prompts(tokenizer, rollouts, cfg, longest, position):
+    """pi_T's prompt for each rollout, and where its solution came from; position: of the first
+    group's problem in the data order, which seeds the choice whatever the number of ranks."""
+    prompts, sources = [], []
+    for first in range(0, len(rollouts), cfg.group_size):
+        group = rollouts[first:first + cfg.group_size]
+        rng = random.Random(hash((cfg.seed, position + first // cfg.group_size)))
+        for r, (solution, source) in zip(group, pick_solutions(group, rng)):
+            prompts.append(teacher_prompt(tokenizer, r.problem["problem"], solution,
+                                          r.reward == 1.0, cfg.template_kwargs, longest))
+            sources.append(source)
+    return prompts, sources
+
+
+# --- 3. The verifiable reward ---------------------------------------------------------------------
 
 
 def extract_boxed(text):
@@ -775,9 +540,7 @@ def is_correct(response, answer):
         return box == answer or grader.ask(answer, box)
 
 
-# ------------------------------------------------------------------------------------------------
-# 5. The policy: rollouts and log-probabilities from one set of weights
-# ------------------------------------------------------------------------------------------------
+# --- 4. The policy: rollouts and log-probabilities from one set of weights ------------------------
 
 
 @dataclasses.dataclass
@@ -787,6 +550,7 @@ class Rollout:
     text: str               # ids decoded, without special tokens: graded, shown to the teacher
     truncated: bool         # ran into max_tokens
     reward: float           # R in {0, 1}
+    logp: list = ()         # log pi_S of each id, as it was drawn
 
 
 def token_logprobs(hidden, lm_head, targets, temperature=1.0, chunk=1024):
@@ -796,14 +560,14 @@ def token_logprobs(hidden, lm_head, targets, temperature=1.0, chunk=1024):
     in nats, fp32; no gradient flows through the entropy. At most `chunk` rows of logits exist at a
     time, fewer for big vocabularies (2^26 logits, 256 MiB in fp32), and backward recomputes them.
     """
-    vocabulary = lm_head.weight.shape[0] if hasattr(lm_head, "weight") else 1
+    vocabulary = lm_head.weight.shape[0] if hasattr(lm_head, "weight") else 1    # else: as told
     rows = max(1, min(chunk, 2**26 // vocabulary))
 
     def piece(h, y):
         # upcast first: a bf16 log-softmax errs by 0.01 nats, the size of a typical u
         logps = F.log_softmax(lm_head(h).float() / temperature, dim=-1)              # (m, V)
         with torch.no_grad():
-            entropy = -torch.linalg.vecdot(logps.exp(), logps.clamp_min(-1e9))       # 0 log 0 = 0
+            entropy = -torch.linalg.vecdot(logps.exp(), logps.clamp_min(-1e9))   # 0 * -inf is nan
         return logps.gather(-1, y[:, None]).squeeze(-1), entropy                     # (m,), (m,)
 
     parts = [checkpoint(piece, h, y, use_reentrant=False, preserve_rng_state=False)
@@ -818,8 +582,10 @@ class Policy(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model.eval()
-        for module in model.modules():  # student and teacher must be one function: no dropout, also
-            if isinstance(module, nn.Dropout):              # in the train mode of checkpointing
+        # student and teacher must be one function: no dropout, not even in the train mode that
+        # gradient checkpointing needs
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
                 module.p = 0.0
             if hasattr(module, "attention_dropout"):
                 module.attention_dropout = 0.0
@@ -867,23 +633,25 @@ def sample(policy, prompts, group_size, max_tokens, temperature=1.0, top_p=1.0, 
            sharded=False, stride=32):
     """Draws `group_size` responses to every prompt: y ~ pi_S(.|x), Algorithm 1 line 1.
 
-    prompts: lists of ids. Returns len(prompts) * group_size lists of ids, groups consecutive, each
-    up to and including its first end-of-sequence id, or `max_tokens` long. temperature 0 is greedy;
-    rollout_batch > 0 bounds the responses that are decoded at once (whole groups). sharded: the
-    weights are split over the ranks, so every rank decodes, if idly, until the last one has ended.
+    prompts: lists of ids. Returns len(prompts) * group_size pairs (ids, log-probs), groups
+    consecutive: the ids up to and including the first end-of-sequence id, or `max_tokens` of them,
+    and log pi_S of each as it was drawn. temperature 0 is greedy; rollout_batch > 0 bounds the
+    responses that are decoded at once (to whole groups). sharded: the weights are split over the
+    ranks, so every rank decodes, if idly, until the last one has ended.
     """
     policy.eval()       # in train mode gradient checkpointing would drop the cache without a word
     device = next(policy.parameters()).device
     # every setting is explicit: what is left out falls back to defaults that truncate (top_k=50)
     settings = dict(do_sample=temperature > 0, top_k=0, eos_token_id=policy.eos_ids,
                     pad_token_id=policy.eos_ids[0], synced_gpus=sharded,
+                    return_dict_in_generate=True, output_scores=True,
                     remove_invalid_values=True)          # NaN reaches the check in update instead
     if temperature > 0:
         settings |= dict(temperature=temperature, top_p=top_p)
     step = max(1, rollout_batch // group_size if rollout_batch else len(prompts))
-    ends, responses = torch.tensor(policy.eos_ids, device=device), []
-    parts = [prompts[first:first + step] for first in range(0, len(prompts), step)]
-    for part in as_many_everywhere(parts, [[0, 0]]) if sharded else parts:
+    parts, idle = [prompts[i:i + step] for i in range(0, len(prompts), step)], [[0, 0]]
+    ends, drawn = torch.tensor(policy.eos_ids, device=device), []
+    for part in as_many_everywhere(parts, idle) if sharded else parts:
         width = max(map(len, part))                      # left-padded: the last column is real
         ids = torch.tensor([[0] * (width - len(p)) + p for p in part], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=device)
@@ -893,18 +661,22 @@ def sample(policy, prompts, group_size, max_tokens, temperature=1.0, top_p=1.0, 
                         max_new_tokens=1, **settings)
         cache.batch_repeat_interleave(group_size)
         ids, mask = ids.repeat_interleave(group_size, 0), mask.repeat_interleave(group_size, 0)
-        drawn = [[] for _ in ids]
-        alive = torch.arange(len(ids), device=device)
+        alive = torch.arange(0 if part is idle else len(ids), device=device) + len(drawn)
+        drawn += [([], []) for _ in alive]
         for done in range(0, max_tokens, stride):
             out = policy.generate(input_ids=ids, attention_mask=mask, past_key_values=cache,
                                   max_new_tokens=min(stride, max_tokens - done), **settings)
-            new = out[:, ids.shape[1]:]                                            # (n, <= stride)
+            new = out.sequences[:, ids.shape[1]:]                                  # (n, <= stride)
+            logp = -torch.stack([F.cross_entropy(scores, y, reduction="none")      # scores (n, V)
+                                 for scores, y in zip(out.scores, new.T)], 1)
             ended = torch.isin(new, ends)
             stops = torch.where(ended.any(1), ended.int().argmax(1) + 1, new.shape[1])
-            for i, row, stop in zip(alive.tolist(), new.tolist(), stops.tolist()):
-                drawn[i] += row[:stop]                   # the end token is an action too: it stays
-            going = (~ended.any(1)).nonzero().squeeze(1)[:len(alive)]
-            if not (any(gather(len(going))) if sharded else len(going)):
+            for i, row, logps, stop in zip(alive.tolist(), new.tolist(), logp.tolist(),
+                                           stops.tolist()):
+                drawn[i][0].extend(row[:stop])           # the end token is an action too: it stays
+                drawn[i][1].extend(logps[:stop])
+            going = (~ended.any(1)).nonzero().squeeze(1)[:len(alive)]    # an idle row is not alive
+            if not any(gather(len(going)) if sharded else [len(going)]):
                 break
             if not len(going):                           # others go on: one idle row, never kept
                 cache, alive = DynamicCache(config=policy.model.config), alive[:0]
@@ -912,10 +684,394 @@ def sample(policy, prompts, group_size, max_tokens, temperature=1.0, top_p=1.0, 
                 continue
             if len(going) < len(alive):                  # rows that have ended leave the batch
                 cache.batch_select_indices(going)
-            ids, alive = out[going], alive[going]
+            ids, alive = out.sequences[going], alive[going]
             mask = torch.cat([mask[going], mask.new_ones(len(going), new.shape[1])], 1)
-        responses += drawn
-    return responses[:len(prompts) * group_size]
+    return drawn
+
+
+def sample_paged(policy, prompts, group_size, max_tokens, temperature=1.0, top_p=1.0,
+                 rollout_batch=0):
+    """`sample` by transformers' continuous batching: waiting responses take the place of ended ones
+    and the cache is paged. Meant for CUDA, where it was not measured; on the CPU it is slower."""
+    settings = GenerationConfig(
+        do_sample=temperature > 0, max_new_tokens=max_tokens, eos_token_id=policy.eos_ids,
+        pad_token_id=policy.eos_ids[0],
+        **(dict(temperature=temperature, top_p=top_p, top_k=0) if temperature > 0 else {}))
+    page = 256                                           # tokens; the cache is as big as they need
+    pages = rollout_batch * math.ceil((max(map(len, prompts), default=0) + max_tokens) / page)
+    batching = ContinuousBatchingConfig(
+        page_size=page, num_blocks=pages or None, return_logprobs=True,
+        seed=int(torch.randint(2**31, ())))              # from the generator that train has seeded
+    policy.eval()
+    rows = [prompt for prompt in prompts for _ in range(group_size)]     # it shares their pages
+    outputs = policy.model.generate_batch(rows, settings, batching)
+    if len(outputs) < len(rows) or any(out.error for out in outputs.values()):
+        raise RuntimeError("generate_batch lost responses, its log says why; --sampler generate "
+                           "does without it")
+    return [(out.generated_tokens, out.logprobs) for out in outputs.values()]
+
+
+def roll_out(policy, tokenizer, problems, k, sampler="generate", **settings):
+    """k graded responses to each problem, groups consecutive; settings are those of `sample`."""
+    draw = {"generate": sample, "paged": sample_paged,
+            "sharded": functools.partial(sample, sharded=True)}[sampler]
+    with gathered(policy) if sampler != "sharded" else nullcontext():
+        responses = draw(policy, [p["prompt"] for p in problems], k, **settings)
+    rollouts = []
+    for i, (ids, logp) in enumerate(responses):
+        problem, text = problems[i // k], tokenizer.decode(ids, skip_special_tokens=True)
+        reward = float(is_correct(text, problem["answer"]))
+        rollouts.append(Rollout(problem, ids, text, ids[-1] not in policy.eos_ids, reward, logp))
+    return rollouts
+
+
+@torch.no_grad()
+def score(policy, prompts, responses, micro_tokens, temperature=1.0):
+    """log pi(y_t | prompt, y_<t) and the entropies, (N, T) each, in nats, zeros past the end.
+
+    A head that several rows share is read once, into a cache.
+    """
+    policy.eval()                                        # see sample
+    device = next(policy.parameters()).device
+    logp = torch.zeros(len(prompts), max(map(len, responses)), device=device)
+    entropy = torch.zeros_like(logp)
+    calls = []           # (head, rows); without rows: read the head, whose rows follow directly
+    for head, rows in shared_heads(prompts, responses):
+        lengths = [len(prompts[i]) - len(head) + len(responses[i]) for i in rows]
+        calls += [(head, [])] * bool(head)
+        for micro in micro_batches(lengths, micro_tokens):
+            calls.append((head, [rows[k] for k in micro]))
+    for head, rows in as_many_everywhere(calls, ([], [])):
+        if not rows:
+            cache = DynamicCache(config=policy.model.config)
+            policy(*pack([head or [0]], [[]], device), cache=cache)
+            continue
+        ids, predicts = pack([prompts[i][len(head):] for i in rows], [responses[i] for i in rows],
+                             device)
+        copy = None
+        if head:
+            copy = deepcopy(cache)
+            copy.batch_repeat_interleave(len(rows))
+        part = policy(ids, predicts, temperature, copy)
+        logp[rows, :part[0].shape[1]], entropy[rows, :part[1].shape[1]] = part
+    return logp, entropy
+
+
+# --- 5. Configuration (safe to skip): every field is a flag, defaults are the paper's or say so ---
+
+
+class InputError(ValueError):
+    """Something the user can mend. Printed as one line; the process ends with code 2."""
+
+
+def flag(default, text, **options):
+    """least, choices: checked below; free: may differ between a run and its --resume."""
+    return dataclasses.field(default=default, metadata={"help": text, **options})
+
+
+def check_flags(cfg):
+    """Raises InputError where a field breaks its own metadata, or the template's JSON is none."""
+    for field in dataclasses.fields(cfg):
+        value, rules = getattr(cfg, field.name), field.metadata
+        if value not in rules.get("choices", [value]):
+            raise InputError(f"--{field.name} {value!r}: choose from {rules['choices']}")
+        if "least" in rules and not rules["least"] <= value < math.inf:
+            raise InputError(f"--{field.name} {value}: must be at least {rules['least']}")
+    try:
+        dict(cfg.template_kwargs.items())
+    except (ValueError, AttributeError):
+        raise InputError("--chat_template_kwargs must be a JSON object, such as "
+                         """'{"enable_thinking": false}'""") from None
+
+
+@dataclasses.dataclass
+class Config:
+    # the model and what it reads
+    model: str = flag("", "Hugging Face folder or hub id of a chat model (required)")
+    dataset: str = flag("open-r1/DAPO-Math-17k-Processed",
+                        "training problems: .jsonl, .json or .parquet file, or hub id (Table 5)")
+    dataset_config: str = flag("all", "configuration of a hub data set; not used for files")
+    split: str = flag("train", "split of a hub data set; not used for files")
+    max_prompt_tokens: int = flag(2048, "longer problems are dropped and counted (not the paper's)",
+                                  least=1)
+    chat_template_kwargs: str = flag("{}", "JSON for the chat template, the same for student and "
+                                     """teacher: '{"enable_thinking": false}' for Qwen3 hybrids""")
+    trust_remote_code: bool = flag(False, "run model code that comes with the checkpoint",
+                                   free=True)
+    # the method
+    method: str = flag("antisd", "which per-token term joins GRPO", choices=list(METHODS))
+    compose: str = flag("add", "A + lam * delta, or mul: A * (1 + lam * delta) (Table 3)",
+                        choices=["add", "mul"])
+    lam: float = flag(0.5, "lambda_max, weight of the per-token term (Table 5)", least=0)
+    warmup_steps: int = flag(5, "W: steps with lambda 0 that calibrate H_warm (Table 5)", least=0)
+    tau_down: float = flag(0.93, "the gate shuts below tau_down * H_warm; 0: no gate (Table 5)",
+                           least=0)
+    gate_stat: str = flag("mean", "the gate's statistic of token entropies; median is the paper's "
+                          "text, but a token median is near 0 nats", choices=["mean", "median"])
+    gate_source: str = flag("teacher", "whose entropy moves the gate (Table 3)",
+                            choices=["teacher", "student"])
+    # the rollout
+    problems_per_step: int = flag(32, "B, over all ranks (Table 5)", least=1)
+    group_size: int = flag(8, "G, responses per problem (Table 5)", least=2)
+    max_tokens: int = flag(32768, "longest response, in tokens (Table 5)", least=1)
+    temperature: float = flag(1.0, "of rollouts; scoring divides by it too (Table 5)")
+    rollout_batch: int = flag(0, "responses decoded at once on a rank, in whole groups, at least "
+                              "one; bounds the KV cache; 0: all", least=0, free=True)
+    sampler: str = flag("generate", "generate: whole weights on every rank; paged: the same with "
+                        "continuous batching, meant for CUDA; sharded: weights stay split and "
+                        "are gathered for every token: slow, for models that do not fit on a GPU",
+                        choices=["generate", "paged", "sharded"], free=True)
+    # the update
+    lr: float = flag(1e-6, "AdamW's constant learning rate (Table 5)", least=0)
+    warmup_lr_steps: int = flag(0, "linear learning-rate warm-up, in steps", least=0)
+    weight_decay: float = flag(0.01, "AdamW's (not in the paper)", least=0)
+    max_grad_norm: float = flag(1.0, "gradient clipping (not in the paper)")
+    clip: float = flag(0.2, "PPO clip; inert while updates_per_batch is 1 (Table 5)")
+    steps: int = flag(200, "training steps (Table 5)", least=1, free=True)
+    updates_per_batch: int = flag(1, "optimizer updates per rollout batch (Table 5: a clip)",
+                                  least=1)
+    loss_agg: str = flag("token", "token: sum over tokens / tokens of the step; seq: mean over "
+                         "responses of their means (not in the paper)", choices=["token", "seq"])
+    mask_truncated: bool = flag(False, "leave truncated responses out of the loss")
+    # the machine
+    micro_tokens: int = flag(16384, "tokens (padding included) of one scoring or training "
+                             "micro-batch; a longer response goes alone", least=1, free=True)
+    gradient_checkpointing: bool = flag(False, "recompute layers in backward: slower, leaner")
+    dtype: str = flag("auto", "compute type; auto is bfloat16 on CUDA and float32 on the CPU; "
+                      "master weights are float32", choices=["auto", "bfloat16", "float32"])
+    seed: int = flag(0, "of data order, rollouts and the choice of solutions")
+    # validation, records
+    eval_dataset: str = flag("", "held-out problems; evaluated before the first and after the last "
+                             "step")
+    eval_every: int = flag(0, "also evaluate every so many steps", least=0, free=True)
+    eval_samples: int = flag(1, "responses per held-out problem", least=1)
+    eval_temperature: float = flag(0.7, "of evaluation (Table 5); 0 is greedy", least=0)
+    eval_top_p: float = flag(0.95, "of evaluation (Table 5)")
+    output: str = flag("runs/antisd", "folder of this run", free=True)
+    save_every: int = flag(20, "steps between checkpoints; 0: none", least=0, free=True)
+    keep: int = flag(2, "newest checkpoints kept", least=1, free=True)
+    resume: bool = flag(False, "continue the run in --output from its newest whole checkpoint",
+                        free=True)
+    init_from: str = flag("", "folder of a run whose weights, optimizer and data position to start "
+                          "from, with step count and gate fresh (continual AntiSD)")
+    sample_every: int = flag(10, "steps between rollouts shown and kept in samples.jsonl", least=1,
+                             free=True)
+    tracker: str = flag("", "wandb or trackio, if installed", choices=["", "wandb", "trackio"],
+                        free=True)
+
+    def __post_init__(self):
+        check_flags(self)
+        for wrong, text in (
+            (not self.model, "--model is required: a Hugging Face folder or a hub id"),
+            (not 0 < self.temperature < math.inf, "--temperature: rollouts are samples, it must be "
+             "above 0"),
+            (not 0 < self.eval_top_p <= 1, "--eval_top_p must be above 0 and at most 1"),
+            (not 0 < self.clip < 1, "--clip must be between 0 and 1"),
+            (not self.max_grad_norm > 0, "--max_grad_norm must be above 0"),
+            (not self.warmup_steps and self.tau_down and self.method in GATED,
+             "--warmup_steps 0 leaves the gate without H_warm; no gate at all is --tau_down 0"),
+        ):
+            if wrong:
+                raise InputError(text)
+
+    @property
+    def template_kwargs(self):
+        return json.loads(self.chat_template_kwargs)
+
+
+class FlagParser(argparse.ArgumentParser):
+    def convert_arg_line_to_args(self, line):            # @file: several words a line, # comments
+        try:
+            return shlex.split(line, comments=True)
+        except ValueError as error:
+            self.error(f"{error} in the line {line!r}")
+
+    def error(self, message):                            # one line instead of the whole usage
+        raise InputError(message)
+
+
+def parse_config(argv=None, kind=Config, text=__doc__):
+    """Flags (default: the command line) -> a dataclass of fields made by `flag`; raises InputError
+    with one line on bad input."""
+    parser = FlagParser(description=text.split("\n\n")[0], fromfile_prefix_chars="@",
+                        allow_abbrev=False)
+    for field in dataclasses.fields(kind):
+        names = list(dict.fromkeys([f"--{field.name}", "--" + field.name.replace("_", "-")]))
+        options = ({"action": argparse.BooleanOptionalAction} if field.type is bool
+                   else {"nargs": "+"} if field.type is list
+                   else {"type": field.type, "choices": field.metadata.get("choices")})
+        parser.add_argument(*names, default=field.default,
+                            help=f"{field.metadata['help']} [{field.default}]".replace("%", "%%"),
+                            **options)
+    return kind(**vars(parser.parse_args(argv)))
+
+
+# --- 6. Data (safe to skip) -----------------------------------------------------------------------
+
+DAPO_HEAD = ("Solve the following math problem step by step. The last line of your response should "
+             "be of the form Answer:")
+
+DAPO_TAIL = 'Remember to put your answer on its own line after "Answer:".'
+
+
+def load_problems(path, split=None, limit=None, config=None):
+    """Problems from a .jsonl, .json or .parquet file, or from a hub data set.
+
+    Returns a list of {"id": row number, "problem": str, "answer": str, "solution": str or None};
+    rows with the same problem are merged, the first one stays. Columns recognised:
+    problem | question | prompt (text or chat messages); answer | final_answer |
+    reward_model.ground_truth | Answer; solution. Raises InputError, which names the columns found.
+    """
+    problems = {}
+    for number, row in enumerate(_rows(path, split, config)):
+        where = f"{path}: row {number + 1}"
+        if not isinstance(row, dict):
+            raise InputError(f"{where} is not an object with named fields; a .json "
+                             "file holds a list of them")
+        found = f"the columns are {', '.join(map(str, row))}"
+        text = next((row[k] for k in ("problem", "question", "prompt") if row.get(k)), None)
+        if isinstance(text, list):                       # chat messages: the user's last turn
+            turns = [t for t in text if isinstance(t, dict) and t.get("role") == "user"]
+            text = turns[-1].get("content") if turns else None
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"{where} has no problem (problem, question or prompt); {found}")
+        if isinstance(row.get("reward_model"), dict):
+            row = {**row, "reward_model.ground_truth": row["reward_model"].get("ground_truth")}
+        keys = ("answer", "final_answer", "reward_model.ground_truth", "Answer")
+        answer = next((str(row[k]) for k in keys if row.get(k) not in (None, "")), None)
+        if answer is None:
+            raise InputError(f"{where} has no answer ({', '.join(keys)}); {found}")
+        solution = row.get("solution")
+        if "####" in answer:                             # GSM8K: the working, #### and the number
+            solution, answer = answer, answer.rsplit("####", 1)[1].replace(",", "")
+        if text.startswith(DAPO_HEAD):                   # asks for "Answer:", our reward for a box
+            text = text.split("\n\n", 1)[-1].replace(DAPO_TAIL, "")
+        text, answer = text.strip(), answer.strip()
+        problems.setdefault(text, {"id": number, "problem": text, "answer": answer,
+                                   "solution": _worked_solution(solution, answer)})
+        if limit and len(problems) >= limit:
+            break
+    if not problems:
+        raise InputError(f"{path} holds no problems")
+    return list(problems.values())
+
+
+def _rows(path, split, config):
+    """The raw rows. JSON is read here: errors name the line, and a column may mix types."""
+    file, line = Path(path), ""
+    if file.suffix in (".jsonl", ".json", ".parquet") and not file.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        if file.suffix == ".jsonl":
+            for number, text in enumerate(file.open("rb"), 1):
+                line = f"line {number} is not JSON: "
+                if text.strip():
+                    yield json.loads(text)
+        elif file.suffix == ".json":
+            line = "not JSON: "
+            yield from json.loads(file.read_bytes())
+        elif file.suffix == ".parquet":
+            yield from datasets.load_dataset("parquet", data_files=path, split="train")
+        else:
+            sets = datasets.load_dataset(path, config or None, split=split)
+            yield from sets if split else sets.get("test") or next(iter(sets.values()))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"cannot load the data set {path}: {line}"
+                         + " ".join(str(error).split())) from None
+
+
+def _worked_solution(solution, answer):
+    """A solution for the teacher, or None where the column repeats the answer (DAPO-Math does)."""
+    if not solution or str(solution).strip() == answer:
+        return None
+    text = re.sub(r"<<[^<>]*>>", "", str(solution)).strip()        # GSM8K's calculator notes
+    work, mark, final = text.rpartition("\n####")
+    return f"{work}\nThe answer is \\boxed{{{final.strip()}}}." if mark else text
+
+
+def next_problems(problems, position, count, seed):
+    """`count` problems from `position` on; the order is a function of (seed, epoch) alone."""
+    batch = []
+    for p in range(position, position + count):
+        epoch, place = divmod(p, len(problems))
+        shuffle = torch.Generator().manual_seed(seed * 100_003 + epoch)
+        batch.append(problems[int(torch.randperm(len(problems), generator=shuffle)[place])])
+    return batch
+
+
+# --- 7. Many GPUs and micro-batches (safe to skip): one process is a group of one -----------------
+
+
+def setup():
+    """Joins torchrun's process group, or makes one of a single process -> rank, world, device.
+
+    One code path for 1 and for N processes: FSDP on a single one measured 3% slower than none.
+    """
+    cuda = torch.cuda.is_available()
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+        # a rank may wait hours for another one's longest response; a dead one torchrun notices
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1), **alone)
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def gather(value):
+    """[value of rank 0, value of rank 1, ...] on every rank; the one collective besides FSDP's."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_rank_0(function, *args):
+    """Runs it on rank 0; what it returns, or the one line of its error, reaches every rank."""
+    result = problem = None
+    if dist.get_rank() == 0:
+        try:
+            result = function(*args)
+        except (InputError, OSError, safetensors.SafetensorError) as error:
+            problem = str(error)
+    result, problem = gather((result, problem))[0]
+    if problem:
+        raise InputError(problem)
+    return result
+
+
+def shard(policy, dtype, device):
+    """FSDP2: float32 parameters, gradients and optimizer state are split over the ranks, and each
+    layer is gathered in `dtype` while it computes. The root holds embeddings and head together,
+    which may be tied, and reshards too, else a forward before step() would leave stale weights."""
+    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
+    options = dict(mesh=mesh, reshard_after_forward=True,
+                   mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+    for module in list(policy.modules()):
+        if type(module).__name__ in (policy.model._no_split_modules or ()):  # the decoder layers
+            fully_shard(module, **options)
+    fully_shard(policy, **options)
+    register_fsdp_forward_method(policy, "generate")
+    # after the split, so that no rank ever holds a whole float32 copy; AdamW at lr 1e-6 on bf16
+    # weights would round every update away
+    return policy.float().to(device)
+
+
+@contextmanager
+def gathered(policy):
+    """Weights are whole inside: decoding communicates nothing, ranks may stop at other lengths."""
+    layers = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    for layer in layers:                                 # none in eval.py, which never splits
+        layer.set_reshard_after_forward(False, recurse=False)
+        layer.unshard()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_reshard_after_forward(True, recurse=False)
+            layer.reshard()
 
 
 def micro_batches(lengths, budget):
@@ -947,6 +1103,7 @@ def shared_heads(prompts, responses):
     are not much longer; all other rows stand together with the head []."""
     clusters, others = [], []
     for i in sorted(range(len(prompts)), key=lambda i: prompts[i]):  # like heads are neighbours
+        # commonprefix takes any lists
         head = os.path.commonprefix([clusters[-1][0], prompts[i][:-1]]) if clusters else []
         if 4 * len(head) >= 3 * len(prompts[i]):
             clusters[-1] = head, clusters[-1][1] + [i]
@@ -962,117 +1119,12 @@ def shared_heads(prompts, responses):
     return shared + [([], others)]
 
 
-@torch.no_grad()
-def score(policy, prompts, responses, micro_tokens, temperature=1.0):
-    """log pi(y_t | prompt, y_<t) and the entropies, (N, T) each, in nats, zeros past the end; and
-    (tokens, tokens with padding). A head that several rows share is read once, into a cache."""
-    policy.eval()                                        # see sample
-    device = next(policy.parameters()).device
-    logp = torch.zeros(len(prompts), max(map(len, responses)), device=device)
-    entropy = torch.zeros_like(logp)
-    calls = []                                           # (head, rows); no rows: read the head
-    for head, rows in shared_heads(prompts, responses):
-        lengths = [len(prompts[i]) - len(head) + len(responses[i]) for i in rows]
-        calls += [(head, [])] * bool(head)
-        for micro in micro_batches(lengths, micro_tokens):
-            calls.append((head, [rows[k] for k in micro]))
-    real = padded = 0
-    for head, rows in as_many_everywhere(calls, ([], [])):
-        if not rows:
-            cache = DynamicCache(config=policy.model.config)
-            policy(*pack([head or [0]], [[]], device), cache=cache)
-            continue
-        ids, predicts = pack([prompts[i][len(head):] for i in rows], [responses[i] for i in rows],
-                             device)
-        copy = None
-        if head:
-            copy = deepcopy(cache)
-            copy.batch_repeat_interleave(len(rows))
-        part = policy(ids, predicts, temperature, copy)
-        logp[rows, :part[0].shape[1]], entropy[rows, :part[1].shape[1]] = part
-        real += sum(len(prompts[i]) - len(head) + len(responses[i]) for i in rows)
-        padded += ids.numel()
-    return logp, entropy, (real, padded)
-
-
-# ------------------------------------------------------------------------------------------------
-# 6. Many GPUs (safe to skip: with one process every function here changes nothing)
-# ------------------------------------------------------------------------------------------------
-
-
-def setup():
-    """Joins torchrun's process group, or makes one of a single process -> rank, world, device.
-
-    One code path for 1 and for N processes: FSDP on a single one measured 3% slower than none.
-    """
-    cuda = torch.cuda.is_available()
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-        # a rank may wait hours for another one's longest response; a dead one torchrun notices
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1), **alone)
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def gather(value):
-    """[value of rank 0, value of rank 1, ...] on every rank; the one collective besides FSDP's."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def shard(policy, dtype, device):
-    """FSDP2: float32 parameters, gradients and optimizer state are split over the ranks, and each
-    layer is gathered in `dtype` while it computes. The root holds embeddings and head together,
-    which may be tied, and reshards too, else a forward before step() would leave stale weights."""
-    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
-    options = dict(mesh=mesh, reshard_after_forward=True,
-                   mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
-    for module in list(policy.modules()):
-        if type(module).__name__ in (policy.model._no_split_modules or ()):  # the decoder layers
-            fully_shard(module, **options)
-    fully_shard(policy, **options)
-    register_fsdp_forward_method(policy, "generate")
-    # after the split, so that no rank ever holds a whole float32 copy; AdamW at lr 1e-6 on bf16
-    # weights would round every update away
-    return policy.float().to(device)
-
-
-@contextmanager
-def gathered(policy, sharded=False):
-    """Weights are whole inside: decoding communicates nothing, ranks may stop at other lengths.
-    sharded: they stay split, where they do not fit."""
-    layers = [module for module in policy.modules() if isinstance(module, FSDPModule)]
-    if sharded or not layers:                            # eval.py: never split
-        yield
-        return
-    policy.set_reshard_after_forward(False)
-    for layer in layers:
-        layer.unshard()
-    try:
-        yield
-    finally:
-        policy.set_reshard_after_forward(True)
-        for layer in layers:
-            layer.reshard()
-
-
-# ------------------------------------------------------------------------------------------------
-# 7. Checkpoints (safe to skip)
-# ------------------------------------------------------------------------------------------------
+# --- 8. Checkpoints (safe to skip) ----------------------------------------------------------------
 
 
 def _checksum(file):
-    crc = 0
     with open(file, "rb") as stream:
-        while block := stream.read(1 << 24):
-            crc = zlib.crc32(block, crc)
-    return crc
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _state(policy, optimizer):
@@ -1085,47 +1137,44 @@ def _state(policy, optimizer):
 
 
 def checkpoints(run):
-    """The whole checkpoints of a run, oldest first."""
-    return sorted(Path(run).glob("checkpoints/step-*"))
+    """A run's whole checkpoints, oldest first: progress.json is written last and deleted first."""
+    return sorted(file.parent for file in Path(run).glob("checkpoints/step-*/progress.json"))
+
+
+def _drop(folder):
+    (folder / "progress.json").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def save_checkpoint(run, policy, optimizer, now, keep):
-    """Every rank writes its shards into checkpoints/writing; rank 0 renames that to step-N when all
-    is whole, and drops all but the `keep` newest. A full disk costs this checkpoint and one printed
+    """Every rank writes its shards into checkpoints/step-N, then rank 0 progress.json, which makes
+    it count, and drops all but the `keep` newest. A full disk costs this checkpoint and one printed
     line; the older ones stay. Returns whether it was saved."""
-    def drop(folder):                                    # a half-deleted one must not look whole
-        if folder.exists():
-            shutil.rmtree(dying := folder.with_name("deleting"), ignore_errors=True)
-            shutil.rmtree(folder.rename(dying))
-
-    rank, writing, error = dist.get_rank(), run / "checkpoints" / "writing", None
+    rank, folder = dist.get_rank(), run / "checkpoints" / f"step-{now['step']:06d}"
+    sums, error = {}, None
     if rank == 0:
-        shutil.rmtree(writing, ignore_errors=True)
+        _drop(folder)
     gather(None)                                         # nobody writes before it is gone
     try:
-        dcp.save(_state(policy, optimizer), checkpoint_id=writing)
-        sums = {file.name: _checksum(file) for file in writing.glob(f"__{rank}_*")}
+        dcp.save(_state(policy, optimizer), checkpoint_id=folder)
+        sums = {file.name: _checksum(file) for file in folder.glob(f"__{rank}_*")}
     except (OSError, dcp.api.CheckpointException) as problem:
-        sums, error = {}, " ".join(str(problem).split())[-300:]
-    sums = {name: crc for part in gather(sums) for name, crc in part.items()}
-    error = next(filter(None, gather(error)), None)
-    if rank == 0 and not error:
+        error = " ".join(str(problem).split())[-300:]
+    ranks = gather((sums, error))
+    if rank == 0:
+        error = next((error for _, error in ranks if error), None)
         try:
-            sums[".metadata"] = _checksum(writing / ".metadata")
-            with open(writing / "progress.json", "w") as file:
-                json.dump({"now": now, "checksums": sums}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            final = writing.with_name(f"step-{now['step']:06d}")
-            drop(final)
-            writing.rename(final)                        # only now does it count
-            for old in checkpoints(run)[:-keep]:
-                drop(old)
+            if not error:
+                sums = {name: crc for part, _ in ranks for name, crc in part.items()}
+                sums[".metadata"] = _checksum(folder / ".metadata")
+                write_whole(folder / "progress.json", json.dumps({"now": now, "checksums": sums}))
+                for old in checkpoints(run)[:-keep]:
+                    _drop(old)
         except OSError as problem:
-            error = problem
-    if rank == 0 and error:
-        shutil.rmtree(writing, ignore_errors=True)       # give the space back
-        tqdm.write(f"no checkpoint at step {now['step']}, older ones are whole: {error}")
+            error = str(problem)
+        if error:
+            _drop(folder)                                # give the space back
+            tqdm.write(f"no checkpoint at step {now['step']}, older ones are whole: {error}")
     return not gather(error)[0]
 
 
@@ -1167,87 +1216,55 @@ def export_model(folder, policy, tokenizer, dtype):
     """The weights as a Hugging Face folder, of the dtype and with the settings they came with."""
     options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = dcp_state.get_model_state_dict(policy, options=options)      # on rank 0; else empty
-    problem = None
-    if dist.get_rank() == 0:
+
+    def write():
         writing = folder.with_name(folder.name + ".writing")
         shutil.rmtree(writing, ignore_errors=True)
-        names = {name for name, _ in policy.model.named_parameters()}    # tied weights once
-        names |= {name for name, _ in policy.model.named_buffers()}
-        state = {name.removeprefix("model."): x.to(dtype) if x.is_floating_point() else x
-                 for name, x in state.items()}
-        try:
-            state = {name: state[name] for name in names & set(state)}
-            policy.model.save_pretrained(writing, state_dict=state)
-            policy.model.config.dtype = dtype            # save_pretrained wrote the master weights'
-            policy.model.config.save_pretrained(writing)
-            for key in ("is_local", "local_files_only"):         # of this machine, not its own
-                tokenizer.init_kwargs.pop(key, None)
-            tokenizer.save_pretrained(writing)
-            policy.checkpoint_generation_config.to_json_file(writing / "generation_config.json")
-            shutil.rmtree(folder, ignore_errors=True)
-            writing.rename(folder)
-        except (OSError, safetensors.SafetensorError) as error:
-            shutil.rmtree(writing, ignore_errors=True)
-            problem = f"cannot write {folder}: {error}; the same command with --resume tries again"
-    problem = gather(problem)[0]
-    if problem:
-        raise InputError(problem)
+        named = [*policy.model.named_parameters(), *policy.model.named_buffers()]   # tied ones once
+        policy.model.save_pretrained(writing, state_dict={
+            name: x.to(dtype) if x.is_floating_point() else x for name, _ in named
+            if (x := state.get(f"model.{name}")) is not None})
+        policy.model.config.dtype = dtype                # save_pretrained wrote the master weights'
+        policy.model.config.save_pretrained(writing)
+        tokenizer.save_pretrained(writing)
+        policy.checkpoint_generation_config.to_json_file(writing / "generation_config.json")
+        shutil.rmtree(folder, ignore_errors=True)
+        writing.rename(folder)
+
+    on_rank_0(write)
 
 
-# ------------------------------------------------------------------------------------------------
-# 8. Records (safe to skip)
-# ------------------------------------------------------------------------------------------------
+# --- 9. Records (safe to skip) --------------------------------------------------------------------
 
 
-def global_mean(values, mask):
-    """Mean of values (N, T) where mask, over ALL ranks; 0 where nothing is."""
-    parts = gather((values[mask].double().sum().item(), int(mask.sum())))
-    total, count = map(sum, zip(*parts))
-    return total / max(1, count)
+def write_whole(path, text):
+    """A kill leaves the old file or the new one, never a half."""
+    writing = path.with_name(path.name + ".writing")
+    writing.write_text(text, encoding="utf-8")
+    writing.replace(path)
 
 
-def global_median(values, mask):
-    """Median over ALL ranks' tokens (our choice: an average of ranks' medians is not a median)."""
-    every = torch.cat(gather(values[mask].cpu())).sort().values      # torch.median: lower middle
-    n = len(every)
-    return ((every[(n - 1) // 2] + every[n // 2]) / 2).item() if n else 0.0
-
-
-def open_run(cfg, rank):
+def open_run(cfg):
     """Makes the output folder and writes config.json; refuses to mix two runs in one folder."""
-    output, problem = Path(cfg.output), ""
-    if rank == 0:
-        old = output / "config.json"
-        free = {"steps", "output", "resume", "save_every", "keep", "eval_every", "sample_every",
-                "tracker", "micro_tokens", "rollout_batch", "shard_rollout",
-                "init_from", "trust_remote_code"}
-        flags = dataclasses.asdict(cfg)
-        if old.exists() and not cfg.resume:
-            problem = f"{output} already holds a run: add --resume, or choose another --output"
-        elif old.exists():
-            before = json.loads(old.read_text())["flags"]
-            changed = [k for k in flags if k not in free and before.get(k) != flags[k]]
-            if changed:
-                problem = f"--resume with other settings than the run's: {', '.join(changed)}"
-        if not problem:
-            here = Path(__file__).parent
-            git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True,
-                                 text=True)
-            text = json.dumps({
-                "flags": flags, "git": git.stdout.strip() or None,
-                "source": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-                "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
-                             "transformers": transformers.__version__},
-                "world_size": dist.get_world_size()}, indent=1) + "\n"
-            try:
-                output.mkdir(parents=True, exist_ok=True)
-                (output / "config.json.writing").write_text(text)
-                (output / "config.json.writing").replace(output / "config.json")
-            except OSError as error:
-                problem = f"cannot write into --output {output}: {error}"
-    problem = gather(problem)[0]
-    if problem:
-        raise InputError(problem)
+    output, flags = Path(cfg.output), dataclasses.asdict(cfg)
+    record = output / "config.json"
+    if record.exists():
+        if not cfg.resume:
+            raise InputError(f"{output} already holds a run: add --resume, or choose another "
+                             "--output")
+        before = json.loads(record.read_text())["flags"]
+        changed = [field.name for field in dataclasses.fields(cfg) if not field.metadata.get("free")
+                   and before.get(field.name) != flags[field.name]]
+        if changed:
+            raise InputError(f"--resume with other settings than the run's: {', '.join(changed)}")
+    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
+                         capture_output=True, text=True)
+    output.mkdir(parents=True, exist_ok=True)
+    write_whole(record, json.dumps({
+        "flags": flags, "git": git.stdout.strip() or None, "source": _checksum(__file__),
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
+                     "transformers": transformers.__version__},
+        "world_size": dist.get_world_size()}, indent=1) + "\n")
     return output
 
 
@@ -1260,24 +1277,18 @@ class Log:
         self.bar = tqdm(total=cfg.steps, initial=step, disable=rank != 0, dynamic_ncols=True)
         if rank == 0:
             for name in ("metrics.jsonl", "samples.jsonl"):     # drop what a resumed run redoes
-                if (run / name).exists():
+                if (run / name).exists():                # a kill may have cut the last line
                     lines = (run / name).read_text().splitlines(keepends=True)
-                    (run / "rewriting").write_text("".join(      # a kill may have cut the last line
-                        line for line in lines
-                        if line.endswith("\n") and json.loads(line)["step"] < step))
-                    (run / "rewriting").replace(run / name)
+                    write_whole(run / name, "".join(line for line in lines if line.endswith("\n")
+                                                    and json.loads(line)["step"] < step))
             if cfg.tracker:
                 self.tracker = importlib.import_module(cfg.tracker)
                 self.tracker.init(project="antisd", name=run.name, config=dataclasses.asdict(cfg))
 
     def append(self, name, row):
-        def finite(value):                               # NaN is not JSON
-            if isinstance(value, list):
-                return [finite(v) for v in value]
-            return None if isinstance(value, float) and not math.isfinite(value) else value
-
+        row = json.loads(json.dumps(row), parse_constant=lambda name: None)      # NaN is not JSON
         with open(self.run / name, "a") as file:         # ASCII: NUL, emoji and surrogates escaped
-            file.write(json.dumps({k: finite(v) for k, v in row.items()}) + "\n")
+            file.write(json.dumps(row) + "\n")
 
     def step(self, row, batch, tokenizer):
         if self.rank != 0:
@@ -1336,42 +1347,45 @@ def memory_estimate(config, parameters, world, rows, prompt, response, micro_tok
     layer = width * (10 * c.hidden_size + 3 * heads * head_dim + 2 * kv + 4 * inner)     # a token's
     kept = layer + layers * width * c.hidden_size if checkpointing else layers * layer
     root = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
+    gathered_at_once = root + 2 * (parameters - root) / layers           # the root and two layers
     parts = {
         "state": 16 * parameters / world,         # float32: weights, gradients, AdamW's two moments
-        # gathered for rollouts, in the compute type
-        "weights": width * (root + 2 * (parameters - root) / layers if sharded else parameters),
-        "cache": rows * (prompt + response) * layers * kv * width,
+        # for rollouts: weights in the compute type; the cache, and 32 tokens' scores in float32
+        "weights": width * (gathered_at_once if sharded else parameters),
+        "cache": rows * ((prompt + response) * layers * kv * width + 32 * 4 * c.vocab_size),
+        # for training: weights, and gradients until they are summed over the ranks
+        "layers": width * gathered_at_once,
+        "gradients": 4 * (gathered_at_once if sharded or world == 1 else parameters),
         "activations": tokens * kept,
-        "layers": (width + 4) * (root + 2 * (parameters - root) / layers),   # two at a time, grads
         "logits": 4 * 4 * min(2**26, tokens * c.vocab_size)}     # float32: log-softmax, gradients
     parts = {name: size / 2**30 for name, size in parts.items()}
-    rollout = parts["weights"] + parts["cache"]
-    training = parts["layers"] + parts["activations"] + parts["logits"]
-    return parts | {"rollout": parts["state"] + rollout, "training": parts["state"] + training,
-                    "peak": parts["state"] + max(rollout, training)}
+    rollout = ("weights", "cache")
+    training = ("layers", "gradients", "activations", "logits")
+    return parts | {"peak": parts["state"] + max(sum(parts[name] for name in rollout),
+                                                 sum(parts[name] for name in training))}
 
 
 def say_memory(cfg, policy, world, device, say):
     """Prints the estimate, and a warning where the card is smaller."""
+    rows = cfg.problems_per_step // world * cfg.group_size
+    if cfg.rollout_batch:                                # whole groups, at least one
+        rows = min(rows, max(1, cfg.rollout_batch // cfg.group_size) * cfg.group_size)
     need = memory_estimate(
         policy.model.config.get_text_config(), sum(p.numel() for p in policy.parameters()), world,
-        min(cfg.rollout_batch or 10**9, cfg.problems_per_step // world * cfg.group_size),
-        cfg.max_prompt_tokens, cfg.max_tokens, cfg.micro_tokens, cfg.gradient_checkpointing,
-        cfg.shard_rollout, compute_dtype(cfg, device).itemsize)
+        rows, cfg.max_prompt_tokens, cfg.max_tokens, cfg.micro_tokens, cfg.gradient_checkpointing,
+        cfg.sampler == "sharded", compute_dtype(cfg, device).itemsize)
     say("memory per process at most, GiB: {peak:.1f} = state {state:.1f} + the larger of rollouts "
-        "(weights {weights:.1f}, cache {cache:.1f}) and training (layers {layers:.1f}, "
-        "activations {activations:.1f}, logits {logits:.1f})".format(**need))
+        "(weights {weights:.1f}, cache {cache:.1f}) and training (layers {layers:.1f}, gradients "
+        "{gradients:.1f}, activations {activations:.1f}, logits {logits:.1f})".format(**need))
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device).total_memory / 2**30
         if need["peak"] > card:
             say(f"that is more than the card's {card:.0f} GiB: lower --rollout_batch, "
                 "--micro_tokens or --max_tokens, set --gradient_checkpointing or "
-                "--shard_rollout, or use more GPUs")
+                "--sampler sharded, or use more GPUs")
 
 
-# ------------------------------------------------------------------------------------------------
-# 9. Training: Algorithm 1
-# ------------------------------------------------------------------------------------------------
+# --- 10. Start-up (safe to skip) ------------------------------------------------------------------
 
 
 def load_tokenizer(cfg):
@@ -1401,25 +1415,20 @@ def prepare(cfg, world):
     if cfg.tracker and not importlib.util.find_spec(cfg.tracker):
         raise InputError(f"--tracker {cfg.tracker}: pip install {cfg.tracker} first")
     tokenizer, context = load_tokenizer(cfg)
-    longest = context - cfg.max_tokens
-    bare = [len(render(tokenizer, messages, cfg.template_kwargs)) for messages in
-            (student_messages("x"), teacher_messages("x", "...", False))]
-    margin = bare[1] - bare[0] + 8                       # what the teacher's headings take
-    if longest <= margin:
-        raise InputError(f"--max_tokens {cfg.max_tokens} and a prompt do not fit the model's "
-                         f"context of {context} tokens")
-    checked = []
+    longest, checked = context - cfg.max_tokens, []
     for path, split, config in ((cfg.dataset, cfg.split, cfg.dataset_config),
                                 (cfg.eval_dataset, None, None)):
         problems, kept = load_problems(path, split, config=config) if path else [], []
         for problem in problems:
-            messages = student_messages(problem["problem"])
-            problem["prompt"] = render(tokenizer, messages, cfg.template_kwargs)
-            if len(problem["prompt"]) <= min(cfg.max_prompt_tokens, longest - margin):
+            text = problem["problem"]
+            problem["prompt"] = render(tokenizer, student_messages(text), cfg.template_kwargs)
+            bare = render(tokenizer, teacher_messages(text, "...", False), cfg.template_kwargs)
+            if len(problem["prompt"]) <= cfg.max_prompt_tokens and len(bare) <= longest:
                 kept.append(problem)
         if path and not kept:
             raise InputError(f"{path}: every problem is longer than --max_prompt_tokens "
-                             f"{cfg.max_prompt_tokens} or the model's context allows")
+                             f"{cfg.max_prompt_tokens}, or does not fit the model's context of "
+                             f"{context} tokens beside --max_tokens {cfg.max_tokens}")
         if len(kept) < len(problems) and dist.get_rank() == 0:
             print(f"{path}: dropped {len(problems) - len(kept)} of {len(problems)} (too long)")
         checked.append(kept)
@@ -1460,18 +1469,6 @@ def build(cfg, tokenizer, device):
     return policy, optimizer, source_dtype
 
 
-def roll_out(policy, tokenizer, problems, k, **settings):
-    """k graded responses to each problem, groups consecutive; settings are those of `sample`."""
-    with gathered(policy, settings.get("sharded")):
-        responses = sample(policy, [p["prompt"] for p in problems], k, **settings)
-    rollouts = []
-    for i, ids in enumerate(responses):
-        problem, text = problems[i // k], tokenizer.decode(ids, skip_special_tokens=True)
-        reward = float(is_correct(text, problem["answer"]))
-        rollouts.append(Rollout(problem, ids, text, ids[-1] not in policy.eos_ids, reward))
-    return rollouts
-
-
 def mean_error(values):
     """Mean and its standard error over problems: (float, float); a single value has error 0."""
     error = statistics.stdev(values) / len(values)**0.5 if len(values) > 1 else 0.0
@@ -1481,10 +1478,10 @@ def mean_error(values):
 def evaluate(policy, tokenizer, problems, cfg):
     """Held-out accuracy (mean over problems, eval_samples each) and its standard error."""
     rank, world, k = dist.get_rank(), dist.get_world_size(), cfg.eval_samples
-    torch.manual_seed(hash((cfg.seed, rank)) % 2**63)    # the same draws at every evaluation
+    torch.manual_seed(hash((cfg.seed, rank)))    # the same draws at every evaluation
     rollouts = roll_out(policy, tokenizer, problems[rank::world], k, max_tokens=cfg.max_tokens,
                         temperature=cfg.eval_temperature, top_p=cfg.eval_top_p,
-                        rollout_batch=cfg.rollout_batch, sharded=cfg.shard_rollout)
+                        rollout_batch=cfg.rollout_batch, sampler=cfg.sampler)
     mine = [statistics.fmean(r.reward for r in rollouts[i:i + k])
             for i in range(0, len(rollouts), k)]
     scores = sum(gather(mine), [])
@@ -1495,15 +1492,14 @@ def evaluate(policy, tokenizer, problems, cfg):
 @contextmanager
 def phase(name, seconds):
     """Adds the time to seconds[name]; where CUDA runs out of memory it says what to lower."""
-    remedy = {"score": "lower --micro_tokens", "save": "use more ranks",
-              "train": "lower --micro_tokens or set --gradient_checkpointing",
-              }.get(name, "set --rollout_batch or lower it")
     start = time.perf_counter()
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise RankError(f"CUDA out of memory on rank {dist.get_rank()} in the {name} phase: "
-                        f"{remedy}. {str(error).splitlines()[0]}") from None
+        error.add_note(f"rank {dist.get_rank()} ran out of memory in the {name} phase: lower "
+                       "--rollout_batch (rollout, eval) or --micro_tokens (score, train), set "
+                       "--gradient_checkpointing, or use more ranks")
+        raise
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
@@ -1514,9 +1510,8 @@ class Interrupt:
 
     def __init__(self):
         self.first = None
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self.handle)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.handle)
 
     def handle(self, number, frame):
         # Ctrl-C reaches a rank twice, from the terminal and from torchrun: that is one wish
@@ -1526,6 +1521,21 @@ class Interrupt:
 
     def asked(self):
         return any(gather(self.first is not None))       # the same answer on every rank
+
+
+# --- 11. Training: Algorithm 1 --------------------------------------------------------------------
+
+
+def global_mean(values, mask):
+    """Mean of values (N, T) where mask, over ALL ranks; 0 where nothing is."""
+    parts = gather((values[mask].double().sum().item(), int(mask.sum())))
+    total, count = map(sum, zip(*parts))
+    return total / max(1, count)
+
+
+def global_median(values, mask):
+    """Median over ALL ranks' tokens (our choice: an average of ranks' medians is not a median)."""
+    return float(numpy.median(torch.cat(gather(values[mask].cpu()))))    # torch's: the lower middle
 
 
 @dataclasses.dataclass
@@ -1539,22 +1549,6 @@ class Batch:
     entropy_t: torch.Tensor         # (N, T)
     s: torch.Tensor                 # (N, T) log pi_S(y_t)
     entropy_s: torch.Tensor         # (N, T)
-    # (tokens, tokens with padding) of every pass over the rows
-    padding: list = dataclasses.field(default_factory=list)
-
-
-def teacher_prompts(tokenizer, rollouts, cfg, longest, position):
-    """pi_T's prompt for each rollout, and where its solution came from; position: of the first
-    group's problem in the data order, which seeds the choice whatever the number of ranks."""
-    prompts, sources = [], []
-    for first in range(0, len(rollouts), cfg.group_size):
-        group = rollouts[first:first + cfg.group_size]
-        rng = random.Random(hash((cfg.seed, position + first // cfg.group_size)))
-        for r, (solution, source) in zip(group, pick_solutions(group, rng)):
-            prompts.append(teacher_prompt(tokenizer, r.problem["problem"], solution,
-                                          r.reward == 1.0, cfg.template_kwargs, longest))
-            sources.append(source)
-    return prompts, sources
 
 
 def update(policy, optimizer, batch, lam, cfg, s_is_known):
@@ -1575,14 +1569,19 @@ def update(policy, optimizer, batch, lam, cfg, s_is_known):
     losses, norms = [], []
     size = len(rollouts) // cfg.updates_per_batch
     for first in range(0, len(rollouts), size):
-        num_tokens = sum(gather(weights[first:first + size].sum().item()))           # of all ranks
+        # of all ranks; for loss_agg "seq" the weights sum to the number of responses
+        num_tokens = sum(gather(weights[first:first + size].sum().item()))
         lengths = [len(r.problem["prompt"]) + len(r.ids) for r in rollouts[first:first + size]]
         loss_sum = 0.0
-        for micro in as_many_everywhere(micro_batches(lengths, cfg.micro_tokens), []):
+        micros = as_many_everywhere(micro_batches(lengths, cfg.micro_tokens), [])
+        for k, micro in enumerate(micros, 1):
+            # gradients are summed over the ranks once, after the last micro-batch, where a rank can
+            # hold them whole till then
+            policy.set_requires_gradient_sync(
+                k == len(micros) or world == 1 or cfg.sampler == "sharded")
             rows = [first + i for i in micro]
             ids, predicts = pack([rollouts[i].problem["prompt"] for i in rows],
                                  [rollouts[i].ids for i in rows], weights.device)
-            batch.padding.append((sum(lengths[i] for i in micro), ids.numel() if rows else 0))
             logp, entropy = policy(ids, predicts, cfg.temperature)                   # (n, T')
             at = (rows, slice(logp.shape[1]))
             if rows and not s_is_known:
@@ -1590,6 +1589,7 @@ def update(policy, optimizer, batch, lam, cfg, s_is_known):
             u = batch.t[at] - batch.s[at]                                            # Eq. (4)
             advantages = token_advantages(batch.seq_advantages[rows], u, lam, cfg.method,
                                           cfg.compose)                               # Eq. (2), (6)
+            # an idle rank has no rows: a loss of 0, whose backward takes part in the reduction
             loss = policy_loss(logp, batch.s[at], advantages, weights[at], num_tokens or 1.0,
                                cfg.clip)
             (loss * world).backward()                    # FSDP averages over ranks; this undoes it
@@ -1608,14 +1608,20 @@ def summary(batch, cfg):
     """The step's metrics over all ranks: sums and counts are gathered, then divided once."""
     facts = [(r.reward, len(r.ids), r.truncated) for r in batch.rollouts]
     rewards, lengths, truncated = zip(*sum(gather(facts), []))
+    whole = [len(r.problem["prompt"]) + len(r.ids) for r in batch.rollouts]
+    micros = micro_batches(whole, cfg.micro_tokens)
+    padded = sum(gather(sum(len(rows) * whole[rows[0]] for rows in micros)))
+    drawn = torch.zeros_like(batch.s)
+    for i, r in enumerate(batch.rollouts):
+        drawn[i, :len(r.logp)] = torch.tensor(r.logp)
     complete = [reward for reward, cut in zip(rewards, truncated) if not cut]
     groups = [rewards[i:i + cfg.group_size] for i in range(0, len(rewards), cfg.group_size)]
     mask, u = batch.mask, batch.t - batch.s
-    real, padded = map(sum, zip(*sum(gather(batch.padding), [])))
     row = {"reward": statistics.fmean(rewards),
            "reward_complete": statistics.fmean(complete) if complete else None,
            "length": statistics.fmean(lengths), "truncated": statistics.fmean(truncated),
-           "padding": 1 - real / padded,
+           "padding": 1 - sum(gather(sum(whole))) / padded,
+           "rollout_gap": global_mean((drawn - batch.s).abs(), batch.mask),
            "zero_std_groups": statistics.fmean(len(set(group)) == 1 for group in groups),
            "seq_adv_abs": global_mean(batch.seq_advantages.abs()[:, None].expand_as(mask), mask),
            "student_entropy": global_mean(batch.entropy_s, mask),
@@ -1635,38 +1641,41 @@ def train(cfg):
     rank, world, device = setup()
     say = tqdm.write if rank == 0 else lambda text: None
     tokenizer, problems, held_out, longest = prepare(cfg, world)
-    run = open_run(cfg, rank)
+    run = on_rank_0(open_run, cfg)
     policy, optimizer, source_dtype = build(cfg, tokenizer, device)
     say_memory(cfg, policy, world, device, say)
     gate = EntropyGate(cfg.warmup_steps, cfg.tau_down)
     statistic = {"mean": global_mean, "median": global_median}[cfg.gate_stat]
     now = {"step": 0, "position": 0, "skipped_updates": 0, "failures": 0,
-           "gate": gate.state_dict(), "eval_before": None}
+           "gate": gate.state_dict()}
     now = restore(cfg, run, policy, optimizer, now)
     gate.load_state_dict(now["gate"])
     log = Log(cfg, run, now["step"], rank)
     interrupt, finished = Interrupt(), False
     share = cfg.problems_per_step // world               # of the step's problems, for this rank
 
-    while not finished and not interrupt.asked():
-        step, seconds, started = now["step"], {}, time.perf_counter()
+    while not interrupt.asked():
+        step, seconds = now["step"], {}
         row = {"step": step}
         finished = step >= cfg.steps
         if held_out and (step == 0 or finished or cfg.eval_every and step % cfg.eval_every == 0):
             with phase("eval", seconds):
                 row |= evaluate(policy, tokenizer, held_out, cfg)
-            now["eval_before"] = now["eval_before"] or dict(row)
+            say("step {step}: held-out accuracy {eval_accuracy:.3f} +- {eval_error:.3f} (standard "
+                "error over {eval_problems} problems)".format(**row))
         if finished:
             break
 
-        # line 1: y ~ pi_S(.|x) and R(x, y). Seeding right here makes a resumed run draw the same
+        # line 1: y ~ pi_S(.|x) and R(x, y). Seeding right here makes a resumed run draw the same;
+        # tuples of integers hash alike in every process
+        started = time.perf_counter()
         mine = next_problems(problems, now["position"], cfg.problems_per_step, cfg.seed)
         mine = mine[rank * share:(rank + 1) * share]
-        torch.manual_seed(hash((cfg.seed, step, rank)) % 2**63)
+        torch.manual_seed(hash((cfg.seed, step, rank)))
         with phase("rollout", seconds):
             rollouts = roll_out(policy, tokenizer, mine, cfg.group_size, max_tokens=cfg.max_tokens,
                                 temperature=cfg.temperature, rollout_batch=cfg.rollout_batch,
-                                sharded=cfg.shard_rollout)
+                                sampler=cfg.sampler)
         prompts, responses = [r.problem["prompt"] for r in rollouts], [r.ids for r in rollouts]
         rewards = torch.tensor([r.reward for r in rollouts], device=device)          # (N,)
         lengths = torch.tensor([len(ids) for ids in responses], device=device)
@@ -1682,17 +1691,15 @@ def train(cfg):
             if cfg.method != "grpo":
                 views, batch.sources = teacher_prompts(tokenizer, rollouts, cfg, longest,
                                                        now["position"] + rank * share)
-                batch.t, batch.entropy_t, padding = score(policy, views, responses,
-                                                          cfg.micro_tokens, cfg.temperature)
-                batch.padding.append(padding)
+                batch.t, batch.entropy_t = score(policy, views, responses, cfg.micro_tokens,
+                                                 cfg.temperature)
             if cfg.method == "no_teacher":
                 batch.t = zeros                          # u = -s
             # line 2 usually waits for the training forward, whose log-probs are s; not here:
             s_is_known = cfg.updates_per_batch > 1 or cfg.gate_source == "student"
             if s_is_known:
-                batch.s, batch.entropy_s, padding = score(policy, prompts, responses,
-                                                          cfg.micro_tokens, cfg.temperature)
-                batch.padding.append(padding)
+                batch.s, batch.entropy_s = score(policy, prompts, responses, cfg.micro_tokens,
+                                                 cfg.temperature)
         if interrupt.asked():
             break
 
@@ -1701,8 +1708,9 @@ def train(cfg):
         if cfg.method in GATED:
             entropy = batch.entropy_t if cfg.gate_source == "teacher" else batch.entropy_s
             entropy = statistic(entropy, mask)
+            calibrated = gate.h_warm is not None
             lam = cfg.lam * gate.update(entropy) if math.isfinite(entropy) else 0.0  # Eq. (7)
-            if gate.h_warm is not None and gate.h_warm < 0.01 and step == cfg.warmup_steps:
+            if not calibrated and gate.h_warm is not None and gate.h_warm < 0.01:
                 say(f"H_warm is {gate.h_warm:.4f} nats a token: the gate will react to noise")
 
         # lines 2, 4, 5, 8, 9: s, u, phi, A and the update
@@ -1737,7 +1745,8 @@ def train(cfg):
 
     log.close()
     saved = True
-    if cfg.save_every and now["step"] % cfg.save_every or not finished:      # a stop always saves
+    # a stop always saves; so does the end, where the last step did not
+    if not finished or cfg.save_every and (now["step"] % cfg.save_every or now["failures"]):
         saved = save_checkpoint(run, policy, optimizer, now, cfg.keep)
     if not finished:
         say(f"stopped before step {now['step']}; the same command with --resume continues"
@@ -1745,16 +1754,11 @@ def train(cfg):
         return
     export_model(run / "model", policy, tokenizer, source_dtype)
     say(f"{run / 'model'} holds the trained model")
-    if held_out:
-        if rank == 0:
-            log.append("metrics.jsonl", row)             # the learning curve's last point
-        first = now["eval_before"]
-        say(f"held-out accuracy {first['eval_accuracy']:.3f} +- {first['eval_error']:.3f} before, "
-            f"{row['eval_accuracy']:.3f} +- {row['eval_error']:.3f} after (standard error over "
-            f"{row['eval_problems']} problems)")
+    if held_out and rank == 0:
+        log.append("metrics.jsonl", row)                 # the learning curve's last point
 
 
-def main(run=lambda: train(parse_config())):
+def main(run):
     """The command line: one line and exit code 2 for what the user can mend."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -1763,11 +1767,11 @@ def main(run=lambda: train(parse_config())):
         run()
         if dist.is_initialized():                        # after an error it might wait for others
             dist.destroy_process_group()
-    except (InputError, RankError) as error:
-        if isinstance(error, RankError) or os.environ.get("RANK", "0") == "0":
+    except InputError as error:                          # every rank has it: one prints it
+        if os.environ.get("RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 if __name__ == "__main__":
-    main()
+    main(lambda: train(parse_config()))

@@ -24,7 +24,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from antisd import (InputError, _checksum, check_flags, compute_dtype, extract_boxed, flag,
+from antisd import (Config, InputError, _checksum, check_flags, compute_dtype, extract_boxed, flag,
                     gather, load_policy, load_problems, load_tokenizer, main, mean_error,
                     parse_config, phase, phi, render, roll_out, score, setup, student_messages,
                     teacher_prompts)
@@ -211,7 +211,7 @@ def open_output(cfg, sets, output):
     weights = sorted(Path(cfg.model).glob("*.safetensors"))      # a later model under this name
     commit = getattr(transformers.AutoConfig.from_pretrained(
         cfg.model, trust_remote_code=cfg.trust_remote_code), "_commit_hash", None)
-    settings["model_hash"] = "-".join(f"{_checksum(file):08x}" for file in weights) or commit
+    settings["model_hash"] = "-".join(_checksum(file)[:8] for file in weights) or commit
     settings["data_hash"] = hashlib.sha256(repr(sets).encode()).hexdigest()[:16]
     old = output / "results.json"
     if old.exists():
@@ -544,8 +544,8 @@ def view_pmi(cfg):
     views, sources = teacher_prompts(tokenizer, rollouts, cfg, context - cfg.max_tokens, 0)
     prompts, responses = [r.problem["prompt"] for r in rollouts], [r.ids for r in rollouts]
     with phase("score", {}):                                                         # (N, T) each
-        s, entropy_s, _ = score(policy, prompts, responses, cfg.micro_tokens, cfg.temperature)
-        t, entropy_t, _ = score(policy, views, responses, cfg.micro_tokens, cfg.temperature)
+        s, entropy_s = score(policy, prompts, responses, cfg.micro_tokens, cfg.temperature)
+        t, entropy_t = score(policy, views, responses, cfg.micro_tokens, cfg.temperature)
     u = t - s                                                                        # Eq. (4)
     values = torch.stack([s.exp(), t.exp(), u, -phi(u), entropy_s, entropy_t], 2).cpu()
     heading = (f"{cfg.model} on {cfg.data or cfg.benchmarks}: {len(problems)} problems x "
@@ -579,8 +579,8 @@ path{fill:none;stroke-width:1.8}.raw{stroke-width:1;opacity:.3}
 
 
 def load_runs(folders):
-    """{arm: {seed: rows of metrics.jsonl}}. An arm is a method and whatever flags differ between
-    the runs besides seed and machine."""
+    """{arm: {seed: rows of metrics.jsonl}}. An arm is a method and, of the flags that differ between
+    the runs besides seed and machine, those that are not the trainer's defaults."""
     runs = []
     for folder in map(Path, folders):
         try:
@@ -588,15 +588,17 @@ def load_runs(folders):
             lines = (folder / "metrics.jsonl").read_text().splitlines()
         except FileNotFoundError as error:
             raise InputError(f"--curves {folder}: no {Path(error.filename).name} there") from None
-        flags["init_from"] = bool(flags.get("init_from"))        # each seed has a folder of its own
+        flags["init_from"] = "run" if flags.get("init_from") else ""     # each seed has its own
         runs.append((flags, [json.loads(line) for line in lines]))
     free = ("seed", "output", "method", "steps", "resume", "tracker", "save_every", "keep",
             "sample_every", "micro_tokens", "rollout_batch", "eval_every")
+    usual = {field.name: field.default for field in dataclasses.fields(Config)}
     differ = [k for k in runs[0][0] if k not in free
               and len({json.dumps(flags.get(k)) for flags, rows in runs}) > 1]
     arms = {}
     for flags, rows in runs:
-        label = " ".join([flags["method"], *(f"{k}={flags.get(k)}" for k in differ)])
+        label = " ".join([flags["method"], *(f"{k}={flags.get(k)}" for k in differ
+                                             if flags.get(k) != usual.get(k))])
         if arms.setdefault(label, {}).setdefault(flags["seed"], rows) is not rows:
             raise InputError(f"--curves: two runs of {label} have seed {flags['seed']}")
     return dict(sorted(arms.items(), key=lambda arm: not arm[0].startswith("grpo")))
