@@ -579,8 +579,8 @@ path{fill:none;stroke-width:1.8}.raw{stroke-width:1;opacity:.3}
 
 
 def load_runs(folders):
-    """{arm: {seed: rows of metrics.jsonl}}. An arm is a method and, of the flags that differ between
-    the runs besides seed and machine, those that are not the trainer's defaults."""
+    """{arm: {seed: rows of metrics.jsonl}}. An arm is a method and, of the flags that differ
+    between the runs besides seed and machine, those that are not the trainer's defaults."""
     runs = []
     for folder in map(Path, folders):
         try:
@@ -636,10 +636,10 @@ def paired(ours, theirs):
 
 
 def compare(arms):
-    """{arm: seeds; held-out accuracy before, at the best step of the seeds' mean, at the end; the
-    paired differences against grpo of the last two; speed-up; and the end of the run in length,
-    entropies and the gate's share}. Speed-up is the paper's: GRPO's best step / the first step at
-    which the arm reaches GRPO's best."""
+    """{arm: seeds; held-out accuracy before, at the best step of the seeds' mean, at the end, and
+    its mean over the run; their paired differences against grpo; speed-up; and the end of the run
+    in length, entropies and the gate's share}. Speed-up is the paper's: GRPO's best step / the
+    first step at which the arm reaches GRPO's best."""
     seeds = {arm: {seed: trace(rows, "eval_accuracy") for seed, rows in runs.items()}
              for arm, runs in arms.items()}
     curves = {arm: pooled(list(part.values())) for arm, part in seeds.items()}
@@ -657,6 +657,10 @@ def compare(arms):
                 {seed: c[step] for seed, c in seeds[arm].items()},
                 {seed: c[marks[base][name]] for seed, c in seeds[base].items()}
             ) if curve and grpo and arm != base else None
+        means = {name: {seed: statistics.fmean(c.values()) for seed, c in seeds[name].items() if c}
+                 for name in filter(None, (arm, base))}
+        row["mean"] = spread(list(means[arm].values())) if curve else None
+        row["mean_gap"] = paired(means[arm], means[base]) if base and arm != base else None
         reached = next((step for step, value in curve.items() if value >= goal), None)
         row["speed_up"] = marks[base]["best"] / reached if reached else None
         for key in ("length", "student_entropy", "teacher_entropy"):
@@ -730,7 +734,7 @@ def draw_curves(cfg):
     """Prints the table of `compare` and writes the picture, one self-contained SVG."""
     arms = load_runs(cfg.curves)
     lines, names = [["arm", "seeds", "before", "best", "at step", "- grpo", "final", "- grpo",
-                     "speed-up", "length", "H_S", "H_T", "gate open"]], []
+                     "mean", "- grpo", "speed-up", "length", "H_S", "H_T", "gate open"]], []
 
     def cell(pair, sign=""):
         if pair is None:
@@ -745,21 +749,25 @@ def draw_curves(cfg):
         speed = f"{row['speed_up']:.1f}x" if row["speed_up"] else "-"
         lines.append([arm, str(row["seeds"]), cell(row["before"]), cell(row["best"]),
                       str(row["best_step"]), cell(row["best_gap"], "+"), cell(row["final"]),
-                      cell(row["final_gap"], "+"), speed, number(row["length"], ".0f"),
+                      cell(row["final_gap"], "+"), cell(row["mean"]), cell(row["mean_gap"], "+"),
+                      speed, number(row["length"], ".0f"),
                       number(row["student_entropy"], ".2f"), number(row["teacher_entropy"], ".2f"),
                       number(row["gate"], ".0%")])
         note = "1 seed" if row["seeds"] == 1 else f"{row['seeds']} seeds"
         names.append(f"{arm} ({note}{f', {speed}' if speed != '-' else ''})")
     print(align(lines))
     output = Path(cfg.output or "curves.svg")
-    x, legend = 8, ""
+    x, y, legend = 8, 24, ""
     for i, name in enumerate(names):
-        legend += (f'<circle class="f{i % 8}" cx="{x + 6}" cy="24" r="5"/>'
-                   f'<text x="{x + 17}" y="29">{escape(name)}</text>')
-        x += 40 + 7 * len(name)
-    page = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 870">'
-            f'<style>{SVG_STYLE}</style><rect class="page" width="960" height="870"/>{legend}'
-            + "".join(panel(arms, key, title, 480 * (i % 2), 44 + 272 * (i // 2))
+        width = 40 + 7 * len(name)
+        if x + width > 960:
+            x, y = 8, y + 22
+        legend += (f'<circle class="f{i % 8}" cx="{x + 6}" cy="{y}" r="5"/>'
+                   f'<text x="{x + 17}" y="{y + 5}">{escape(name)}</text>')
+        x += width
+    page = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 {y + 846}">'
+            f'<style>{SVG_STYLE}</style><rect class="page" width="960" height="{y + 846}"/>{legend}'
+            + "".join(panel(arms, key, title, 480 * (i % 2), y + 20 + 272 * (i // 2))
                       for i, (key, title) in enumerate(PANELS)) + "</svg>\n")
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, page)

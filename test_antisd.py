@@ -2348,6 +2348,9 @@ def test_curves_table_speed_up_and_picture_by_hand(tmp_path, capsys):
     # grpo has seed 0 only, so one pair: .7 - .4 at the best steps, 0 - 0 at the end
     assert rows["antisd"]["best_gap"] == (pytest.approx(.3), None)
     assert rows["antisd"]["final_gap"] == (0.0, None)
+    # over steps 0 to 8: (.1 + .5 + .7 + .6 + 0) / 5 and .42; only seed 0 has a grpo run, of .2
+    assert rows["antisd"]["mean"] == pytest.approx((.4, .02 * 2 ** .5))
+    assert rows["antisd"]["mean_gap"] == (pytest.approx(.18), None)
     assert rows["antisd"]["length"] == 10 and rows["antisd"]["gate"] == 7 / 8
     assert rows["antisd"]["seeds"] == 2 and rows["antisd"]["speed_up"] == pytest.approx(6 / 2)
     assert rows["sd"]["speed_up"] is None

@@ -103,7 +103,8 @@ def show(arms):
     """u by kind of token and deliberation words a response, over the seeds of each arm."""
     print(f"{'arm':14}{'steps':16}{'words':>6}  mean u (share of u < 0) by kind of token")
     for arm in arms:
-        runs = [json.loads(f.read_text()) for f in sorted(RESULTS.glob(f"{arm}_[0-9]*/tokens.json"))]
+        files = sorted(RESULTS.glob(f"{arm}_[0-9]*/tokens.json"))
+        runs = [json.loads(file.read_text()) for file in files]
         for part in ("first 10 steps", "last 10 steps") if runs else ():
             words = statistics.fmean(r[part]["deliberation words"] for r in runs)
             cells = []
