@@ -553,6 +553,16 @@ class Rollout:
     logp: list = ()         # log pi_S of each id, as it was drawn
 
 
+def pick(logits, targets, temperature=1.0):
+    """log pi(target) and the entropy of pi in nats: logits (m, V), targets (m,) -> (m,), (m,), in
+    float32; no gradient flows through the entropy. The only log_softmax here."""
+    # upcast first: a bf16 log-softmax errs by 0.01 nats, the size of a typical u
+    logps = F.log_softmax(logits.float() / temperature, dim=-1)                      # (m, V)
+    with torch.no_grad():
+        entropy = -torch.linalg.vecdot(logps.exp(), logps.clamp_min(-1e9))       # 0 * -inf is nan
+    return logps.gather(-1, targets[:, None]).squeeze(-1), entropy
+
+
 def token_logprobs(hidden, lm_head, targets, temperature=1.0, chunk=1024):
     """log pi(target) and the entropy of pi, from hidden states, without ever holding all logits.
 
@@ -564,11 +574,7 @@ def token_logprobs(hidden, lm_head, targets, temperature=1.0, chunk=1024):
     rows = max(1, min(chunk, 2**26 // vocabulary))
 
     def piece(h, y):
-        # upcast first: a bf16 log-softmax errs by 0.01 nats, the size of a typical u
-        logps = F.log_softmax(lm_head(h).float() / temperature, dim=-1)              # (m, V)
-        with torch.no_grad():
-            entropy = -torch.linalg.vecdot(logps.exp(), logps.clamp_min(-1e9))   # 0 * -inf is nan
-        return logps.gather(-1, y[:, None]).squeeze(-1), entropy                     # (m,), (m,)
+        return pick(lm_head(h), y, temperature)
 
     parts = [checkpoint(piece, h, y, use_reentrant=False, preserve_rng_state=False)
              for h, y in zip(hidden.split(rows), targets.split(rows))]
@@ -667,8 +673,7 @@ def sample(policy, prompts, group_size, max_tokens, temperature=1.0, top_p=1.0, 
             out = policy.generate(input_ids=ids, attention_mask=mask, past_key_values=cache,
                                   max_new_tokens=min(stride, max_tokens - done), **settings)
             new = out.sequences[:, ids.shape[1]:]                                  # (n, <= stride)
-            logp = -torch.stack([F.cross_entropy(scores, y, reduction="none")      # scores (n, V)
-                                 for scores, y in zip(out.scores, new.T)], 1)
+            logp = torch.stack([pick(scores, y)[0] for scores, y in zip(out.scores, new.T)], 1)
             ended = torch.isin(new, ends)
             stops = torch.where(ended.any(1), ended.int().argmax(1) + 1, new.shape[1])
             for i, row, logps, stop in zip(alive.tolist(), new.tolist(), logp.tolist(),

@@ -28,6 +28,7 @@ ARMS = {                                        # "{run}": the folder of the sam
     "sd": "--method sd",
     "sd_jsd": "--method sd_jsd",
     "antisd": "--method antisd",
+    "lam_01": "--lam 0.1",
     "antisd_kl": "--method antisd_kl",
     "no_gate": "--tau_down 0",
     "tau_90": "--tau_down 0.90",
