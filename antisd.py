@@ -103,7 +103,8 @@ def phi(u):
 
 
 # The arms: the per-token term delta in A_t = A_seq + lambda * delta(u), u = log pi_T - log pi_S.
-# Add a signal of your own here. With v drawn from pi_S and the teacher held fixed,
+# Add a signal of your own here, and to GATED if the gate should rule it; every delta(0) is 0, so
+# u = 0 takes a token out. With v drawn from pi_S and the teacher held fixed,
 #     grad JSD(pi_S || pi_T) = E[-phi(u_v) grad log pi_S(v)]     so delta = -phi ascends the JSD,
 #     grad  KL(pi_S || pi_T) = E[  -u_v    grad log pi_S(v)]     so delta = +u descends the KL.
 METHODS = {
@@ -1157,8 +1158,10 @@ def save_checkpoint(run, policy, optimizer, now, keep):
     line; the older ones stay. Returns whether it was saved."""
     rank, folder = dist.get_rank(), run / "checkpoints" / f"step-{now['step']:06d}"
     sums, error = {}, None
+    if gather((folder / "progress.json").exists())[0]:   # stopped again before the next step
+        return True
     if rank == 0:
-        _drop(folder)
+        _drop(folder)                                    # what a kill has left of it
     gather(None)                                         # nobody writes before it is gone
     try:
         dcp.save(_state(policy, optimizer), checkpoint_id=folder)
@@ -1170,7 +1173,7 @@ def save_checkpoint(run, policy, optimizer, now, keep):
         error = next((error for _, error in ranks if error), None)
         try:
             if not error:
-                sums = {name: crc for part, _ in ranks for name, crc in part.items()}
+                sums = {name: digest for part, _ in ranks for name, digest in part.items()}
                 sums[".metadata"] = _checksum(folder / ".metadata")
                 write_whole(folder / "progress.json", json.dumps({"now": now, "checksums": sums}))
                 for old in checkpoints(run)[:-keep]:
@@ -1188,8 +1191,8 @@ def load_checkpoint(path, policy, optimizer):
     rank, world, bad = dist.get_rank(), dist.get_world_size(), []
     try:
         saved = json.loads((path / "progress.json").read_text())
-        for i, (name, crc) in enumerate(sorted(saved["checksums"].items())):
-            if i % world == rank and _checksum(path / name) != crc:
+        for i, (name, digest) in enumerate(sorted(saved["checksums"].items())):
+            if i % world == rank and _checksum(path / name) != digest:
                 bad.append(name)
     except (OSError, ValueError) as error:
         bad.append(str(error))
@@ -1245,7 +1248,10 @@ def export_model(folder, policy, tokenizer, dtype):
 def write_whole(path, text):
     """A kill leaves the old file or the new one, never a half."""
     writing = path.with_name(path.name + ".writing")
-    writing.write_text(text, encoding="utf-8")
+    with open(writing, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     writing.replace(path)
 
 
@@ -1632,7 +1638,7 @@ def summary(batch, cfg):
            "student_entropy": global_mean(batch.entropy_s, mask),
            "student_entropy_median": global_median(batch.entropy_s, mask)}
     of_teacher = {"u_mean": global_mean(u, mask), "u_negative": global_mean((u < 0).float(), mask),
-                  "phi_abs": global_mean(phi(u).abs(), mask),
+                  "phi_abs": global_mean(METHODS[cfg.method](u).abs(), mask),
                   "teacher_entropy": global_mean(batch.entropy_t, mask),
                   "teacher_entropy_median": global_median(batch.entropy_t, mask)}
     row |= of_teacher if batch.sources else dict.fromkeys(of_teacher)
@@ -1685,9 +1691,8 @@ def train(cfg):
         rewards = torch.tensor([r.reward for r in rollouts], device=device)          # (N,)
         lengths = torch.tensor([len(ids) for ids in responses], device=device)
         mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]    # (N, T)
-        zeros = torch.zeros(mask.shape, device=device)
         batch = Batch(rollouts, [], mask, group_advantages(rewards, cfg.group_size),
-                      zeros, zeros, zeros.clone(), zeros.clone())
+                      *(torch.zeros(mask.shape, device=device) for _ in range(4)))
         if interrupt.asked():
             break
 
@@ -1699,9 +1704,10 @@ def train(cfg):
                 batch.t, batch.entropy_t = score(policy, views, responses, cfg.micro_tokens,
                                                  cfg.temperature)
             if cfg.method == "no_teacher":
-                batch.t = zeros                          # u = -s
+                batch.t = torch.zeros_like(batch.t)      # log pi_T := 0, so u = -s
             # line 2 usually waits for the training forward, whose log-probs are s; not here:
-            s_is_known = cfg.updates_per_batch > 1 or cfg.gate_source == "student"
+            s_is_known = (cfg.updates_per_batch > 1
+                          or cfg.method in GATED and cfg.gate_source == "student")
             if s_is_known:
                 batch.s, batch.entropy_s = score(policy, prompts, responses, cfg.micro_tokens,
                                                  cfg.temperature)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from antisd import (Config, InputError, _checksum, check_flags, compute_dtype, extract_boxed, flag,
                     gather, load_policy, load_problems, load_tokenizer, main, mean_error,
                     parse_config, phase, phi, render, roll_out, score, setup, student_messages,
-                    teacher_prompts)
+                    teacher_prompts, write_whole)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,13 +167,6 @@ def chunks(sets, world, rollout_batch):
         size = math.ceil(len(pairs) / (world * rounds))
         plan += [pairs[first:first + size] for first in range(0, len(pairs), size)]
     return plan
-
-
-def write_whole(path, text):
-    """A kill leaves the old file or the new one, never a half."""
-    writing = path.with_name(path.name + ".writing")
-    writing.write_text(text, encoding="utf-8")
-    writing.replace(path)
 
 
 def collect(output, sets):

@@ -1612,10 +1612,21 @@ def test_a_training_step_equals_algorithm_1_by_hand(root, tmp_path, monkeypatch,
         u, h = torch.cat(us), torch.cat(entropies)
         assert row["u_mean"] == pytest.approx(u.mean().item(), rel=1e-4)
         assert row["u_negative"] == pytest.approx((u < 0).double().mean().item())
-        assert row["phi_abs"] == pytest.approx(antisd.phi(u).abs().mean().item(), rel=1e-4)
+        size = u.abs() if method == "sd" else antisd.phi(u).abs()
+        assert row["phi_abs"] == pytest.approx(size.mean().item(), rel=1e-4)
         assert row["teacher_entropy"] == pytest.approx(h.mean().item(), rel=1e-4)
     else:
         assert row["u_mean"] is None and row["context/sibling"] == 0
+
+
+@pytest.mark.parametrize("flags, passes", [
+    (dict(method="grpo", gate_source="student"), 0), (dict(method="sd", gate_source="student"), 1),
+    (dict(method="antisd"), 1), (dict(method="antisd", gate_source="student"), 2),
+    (dict(method="grpo", updates_per_batch=2), 1)])
+def test_no_pass_is_paid_for_that_nobody_reads(root, tmp_path, monkeypatch, flags, passes):
+    scored = spy(monkeypatch, "score")
+    run(root, tmp_path, **flags)
+    assert len(scored) == passes
 
 
 def test_rollouts_of_a_step_are_drawn_at_the_flags_temperature(root, tmp_path, monkeypatch):
@@ -2381,6 +2392,20 @@ def test_arms_differ_by_method_or_flags_but_not_by_seed(tmp_path):
             for i, tau in enumerate((.93, .93, 0))]
     assert {arm: len(part) for arm, part in evaluation.load_runs(runs).items()} == {
         "antisd": 2, "antisd tau_down=0": 1}
+
+
+def test_the_labs_table_of_tokens_by_hand():
+    sys.path.insert(0, str(HERE / "toy"))
+    import lab
+    tokens = "start with 3 wait B 2 makes 0 so the answer is \\boxed{ 0 }".split()
+    u = [0.0] * len(tokens)
+    u[3], u[5], u[7], u[-2] = -1.5, -.5, .25, 2.0
+    table = lab.by_kind([{"tokens": tokens, "u": u}, {"tokens": ["hmm", "wait"], "u": [.5, .5]}])
+    assert table["deliberation words"] == 1.5
+    assert table["kinds"]["deliberation"] == {"count": 3, "u": round(-.5 / 3, 4), "negative": .3333}
+    assert {k: v["u"] for k, v in table["kinds"].items() if v["count"] == 1} == {
+        "sum": .25, "stop": 0.0, "boxed digit": 2.0}
+    assert table["kinds"]["term"] == {"count": 2, "u": -.25, "negative": .5}     # 3 and 2
 
 
 def test_rolling_mean_is_over_the_last_20_steps():
