@@ -4,7 +4,7 @@
     python toy/lab.py --arms grpo antisd --seeds 0 1      # some of them
     python eval.py --curves toy/results/*/ --output toy/results/curves.svg     # table and picture
 
-A run is `python antisd.py @toy/demo.args`, the arm's flags below and a seed. Of each, config.json,
+A run is `python antisd.py @toy/demo.args --lam 0.5`, the arm's flags below and a seed. Of each, config.json,
 metrics.jsonl and tokens.json stay; the last one is u by kind of token, from the two responses a
 step that samples.jsonl keeps. It prints that as a table.
 """
@@ -82,8 +82,8 @@ def run(arm, seed):
     folder = RUNS / f"{arm}_{seed}"
     shutil.rmtree(folder, ignore_errors=True)
     flags = ARMS[arm].format(run=f"runs/lab/grpo_{seed}").split()
-    command = [sys.executable, "antisd.py", "@toy/demo.args", *flags, "--seed", str(seed),
-               "--sample_every", "1", "--output", f"runs/lab/{arm}_{seed}"]
+    command = [sys.executable, "antisd.py", "@toy/demo.args", "--lam", "0.5", *flags,
+               "--seed", str(seed), "--sample_every", "1", "--output", f"runs/lab/{arm}_{seed}"]
     ended = subprocess.run(command, cwd=TOY.parent, capture_output=True, text=True,
                            env=os.environ | {"OMP_NUM_THREADS": "1"})
     if ended.returncode:
