@@ -350,7 +350,7 @@ def _value(text, trial, mp):
             power = read(5) if tokens[-1] == "^" and tokens.pop() else 1  # \sin^2 x
             argument = read(4 if tokens[-1] in "([{" or name == "sqrt" else 2)
             value = getattr(mp, name.replace("arc", "a"))(argument) ** power
-        elif name == "binom":
+        elif name.endswith("binom"):
             value = mp.binomial(read(4), read(4))
         elif token[0] == "\\" and tokens[-1] == "{":  # some command that is not known here
             raise ValueError(token)

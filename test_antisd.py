@@ -533,7 +533,11 @@ def test_memory_estimate_against_what_is_there(root):
         assert need["state"] * 2**30 == 8 * count and need["weights"] * 2**30 == 4 * count
         owned = sum(dict(kept).values()) - 4 * count
         assert 0.7 * owned < need["activations"] * 2**30 < 1.5 * owned
-        assert need["gradients"] * 2**30 == 4 * count    # whole until they are reduced
+        deep = tiny(kind).config
+        deep.num_hidden_layers = 8
+        for world, sharded, whole in ((2, False, True), (1, False, False), (2, True, False)):
+            held = antisd.memory_estimate(deep, 10**9, world, 3, 4, 7, 256, False, sharded)
+            assert (held["gradients"] * 2**30 == 4 * 10**9) == whole     # until they are reduced
         training = sum(need[k] for k in ("layers", "gradients", "activations", "logits"))
         assert need["peak"] == need["state"] + max(need["weights"] + need["cache"], training)
         leaner = antisd.memory_estimate(c, count, 2, 3, 4, 7, 256, True, True, width=4)
@@ -931,6 +935,7 @@ RIGHT = [  # (answer, boxes that must be right)
     # integers: zeros, signs, separators, marks
     ("61", ["61", "061", "+61", "61.", "61.0", r"\text{61}", "(61)", "{61}", r"\boxed{61}"]),
     ("007", ["7", "07", "7.0"]),
+    ("120", [r"\binom{10}{3}", r"\dbinom{10}{7}", "5!"]),
     ("-12", ["-12", "−12", "- 12", r"-\frac{24}{2}"]),
     ("45600", ["45,600", "45{,}600", r"45,\!600", r"45\,600", "45 600", r"4.56 \times 10^4",
          "4.56e4"]),
@@ -1007,6 +1012,8 @@ RIGHT = [  # (answer, boxes that must be right)
 ]
 
 WRONG = [  # (answer, boxes that must be wrong)
+    ("120", [r"\binom{10}{4}", "4!"]),
+    (r"\foo{3}{10}", [r"\foo{10}{3}", "30"]),  # what a command means must be known
     ("61", ["16", "6 1", "60, 61", "60 or 61", r"60 \text{ or } 61", "61, 62", "{60, 61}",
          "61.0001", "-61", "61x",
             "6.1", "610", "61?", "61!", "61 million", r"61 \text{ thousand}", r"\text{not } 61",
@@ -1643,6 +1650,12 @@ def test_a_run_stopped_before_its_first_update_resumes_bit_for_bit(root, tmp_pat
         patch.setattr(antisd, "group_advantages", interrupted)
         antisd.train(config(root, output=str(tmp_path / "parts"), **flags))
     assert [p.name for p in antisd.checkpoints(tmp_path / "parts")] == ["step-000000"]
+    whole = tmp_path / "parts/checkpoints/step-000000/progress.json"
+    saved = whole.stat().st_mtime_ns
+    with monkeypatch.context() as patch:                 # stopped at once again: nothing to redo
+        patch.setattr(antisd, "group_advantages", interrupted)
+        antisd.train(config(root, output=str(tmp_path / "parts"), resume=True, **flags))
+    assert whole.stat().st_mtime_ns == saved
     run(root, tmp_path / "parts", resume=True, **flags)
     assert same(weights(tmp_path / "whole/model"), weights(tmp_path / "parts/model"))
 

@@ -4,9 +4,9 @@
     python toy/lab.py --arms grpo antisd --seeds 0 1      # some of them
     python eval.py --curves toy/results/*/ --output toy/results/curves.svg     # table and picture
 
-A run is `python antisd.py @toy/demo.args --lam 0.5`, the arm's flags below and a seed. Of each, config.json,
-metrics.jsonl and tokens.json stay; the last one is u by kind of token, from the two responses a
-step that samples.jsonl keeps. It prints that as a table.
+A run is `python antisd.py @toy/demo.args --lam 0.5`, the arm's flags below and a seed. Of each,
+config.json, metrics.jsonl and tokens.json stay; the last one is u by kind of token, from the two
+responses a step that samples.jsonl keeps. It prints that as a table.
 """
 import argparse
 import json

@@ -14,9 +14,9 @@ a chain) and stops too early. LAB.md says why the task is like this.
 **What is authored.** All of it: the base model is trained here, with supervision, on traces from
 the few functions below. In particular *we wrote how privileged traces look*: with a verified
 solution in view a trace states the answer at once (DIRECT), or begins like any other and soon
-breaks off to state it (PERSIST_TOLD). That makes the teacher sure of "so" and unsure of "wait". It is
-modelled on what the paper reports of large models, it did not emerge here. What the toy can show is
-what each training signal then does with such a teacher.
+breaks off to state it (PERSIST_TOLD). That makes the teacher sure of "so" and unsure of "wait".
+It is modelled on what the paper reports of large models, it did not emerge here. What the toy can
+show is what each training signal then does with such a teacher.
 """
 
 import argparse
