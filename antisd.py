@@ -520,6 +520,9 @@ class Policy(nn.Module):
     def generate(self, **inputs):
         return self.model.generate(**inputs)
 
+    def generate_batch(self, *inputs):
+        return self.model.generate_batch(*inputs)
+
 
 def pack(prompts, responses, device):
     """prompt + response, right-padded -> ids (n, L), predicts (n, L-1). No rows: one idle row, with
@@ -608,7 +611,7 @@ def sample_paged(policy, prompts, group_size, max_tokens, temperature=1.0, top_p
         seed=int(torch.randint(2**31, ())))              # from the generator that train has seeded
     policy.eval()
     rows = [prompt for prompt in prompts for _ in range(group_size)]     # it shares their pages
-    outputs = policy.model.generate_batch(rows, settings, batching)
+    outputs = policy.generate_batch(rows, settings, batching)
     if len(outputs) < len(rows) or any(out.error for out in outputs.values()):
         raise RuntimeError("generate_batch lost responses, its log says why; --sampler generate "
                            "does without it")
@@ -957,7 +960,8 @@ def shard(policy, dtype, device):
         if type(module).__name__ in (policy.model._no_split_modules or ()):  # the decoder layers
             fully_shard(module, **options)
     fully_shard(policy, **options)
-    register_fsdp_forward_method(policy, "generate")
+    for method in ("generate", "generate_batch"):        # the root must be the first to run
+        register_fsdp_forward_method(policy, method)
     # after the split, so that no rank ever holds a whole float32 copy; AdamW at lr 1e-6 on bf16
     # weights would round every update away
     return policy.float().to(device)

@@ -1526,6 +1526,14 @@ def test_a_training_step_equals_algorithm_1_by_hand(root, tmp_path, monkeypatch,
         assert row["u_mean"] is None and row["context/sibling"] == 0
 
 
+@pytest.mark.parametrize("sampler, name", [("generate", "sample"), ("sharded", "sample"),
+                                           ("paged", "sample_paged")])
+def test_every_sampler_trains_a_step(root, tmp_path, monkeypatch, sampler, name):
+    drawn = spy(monkeypatch, name)
+    [row] = run(root, tmp_path, sampler=sampler, rollout_batch=8)
+    assert len(drawn) == 1 and row["rollout_gap"] < 1e-5 and row["grad_norm"] > 0
+
+
 @pytest.mark.parametrize("flags, passes", [
     (dict(method="grpo", gate_source="student"), 0), (dict(method="sd", gate_source="student"), 1),
     (dict(method="antisd"), 1), (dict(method="antisd", gate_source="student"), 2),
