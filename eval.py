@@ -637,7 +637,7 @@ def compare(arms):
     seeds = {arm: {seed: trace(rows, "eval_accuracy") for seed, rows in runs.items()}
              for arm, runs in arms.items()}
     curves = {arm: pooled(list(part.values())) for arm, part in seeds.items()}
-    base = next((arm for arm in arms if arm.startswith("grpo")), None)
+    base = min((arm for arm in arms if arm.startswith("grpo")), key=len, default=None)
     grpo = curves.get(base, {})
     goal, marks, out = max(grpo.values(), default=math.inf), {}, {}
     for arm, curve in curves.items():                    # max: the first of equals

@@ -2366,6 +2366,14 @@ def test_arms_differ_by_method_or_flags_but_not_by_seed(tmp_path):
         "antisd": 2, "antisd tau_down=0": 1}
 
 
+def test_the_baseline_is_grpo_from_the_start(tmp_path):
+    runs = [metrics_of(tmp_path / "a", "grpo", [.9], init_from="runs/b"),
+            metrics_of(tmp_path / "b", "grpo", [.1]), metrics_of(tmp_path / "c", "antisd", [.5])]
+    rows = evaluation.compare(evaluation.load_runs(runs))
+    assert rows["antisd"]["best_gap"][0] == pytest.approx(.4)
+    assert rows["grpo init_from=run"]["best_gap"][0] == pytest.approx(.8)
+
+
 def test_the_labs_table_of_tokens_by_hand():
     sys.path.insert(0, str(HERE / "toy"))
     import lab

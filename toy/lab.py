@@ -37,6 +37,7 @@ ARMS = {                                        # "{run}": the folder of the sam
     "student_gate": "--gate_source student",
     "no_teacher": "--method no_teacher",
     "continual": "--init_from {run}",
+    "grpo_on": "--method grpo --init_from {run}",          # what continual is to be compared with
 }
 SEEDS = (0, 1, 2, 3, 4)
 
