@@ -10,7 +10,7 @@ collapses.
 
     torchrun antisd.py @toy/demo.args                                    # a laptop, minutes
     torchrun --nproc-per-node 8 antisd.py --model Qwen/Qwen3-4B-Instruct-2507 \\
-        --dataset_config en --rollout_batch 8 --gradient_checkpointing --output runs/qwen3-4b
+        --max_tokens 8192 --rollout_batch 16 --gradient_checkpointing --output runs/qwen3-4b
 
 Algorithm 1, line by line                                                in train():
     1  y ~ pi_S(.|x), G responses per problem, R(x, y)                   sample, is_correct
@@ -75,6 +75,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer,
                           ContinuousBatchingConfig, DynamicCache, GenerationConfig)
+from transformers.cache_utils import DynamicLayer
 
 
 # --- 1. The method: pure tensor functions ---------------------------------------------------------
@@ -457,9 +458,10 @@ def pick(logits, targets, temperature=1.0):
     float32; no gradient flows through the entropy. The only log_softmax here."""
     # upcast first: a bf16 log-softmax errs by 0.01 nats, the size of a typical u
     logps = F.log_softmax(logits.float() / temperature, dim=-1)                      # (m, V)
-    with torch.no_grad():
+    logp = logps.gather(-1, targets[:, None]).squeeze(-1)
+    with torch.no_grad():        # last, so that a checkpoint's second forward ends before it
         entropy = -torch.linalg.vecdot(logps.exp(), logps.clamp_min(-1e9))       # 0 * -inf is nan
-    return logps.gather(-1, targets[:, None]).squeeze(-1), entropy
+    return logp, entropy
 
 
 def token_logprobs(hidden, lm_head, targets, temperature=1.0, chunk=1024):
@@ -536,6 +538,34 @@ def pack(prompts, responses, device):
     return ids, predicts
 
 
+class RoomyLayer(DynamicLayer):
+    """DynamicLayer copies a layer's whole cache for every token; this one for every 32nd, and
+    writes those between into the room that it has left."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.get_seq_length():                    # the prompt
+            return super().update(key_states, value_states)
+
+        def append(held, new):                           # (n, heads, L, d), (n, heads, 1, d)
+            whole, end = held._base, held.shape[2] + new.shape[2]
+            # selected or repeated rows are no view, or one of something of another shape
+            if whole is None or whole.shape[:2] != held.shape[:2] or whole.shape[2] < end:
+                whole = F.pad(held, (0, 0, 0, new.shape[2] + 31))
+            whole[:, :, held.shape[2]:end] = new
+            return whole[:, :, :end]
+
+        self.keys, self.values = append(self.keys, key_states), append(self.values, value_states)
+        return self.keys, self.values
+
+
+def roomy_cache(policy):
+    """A cache for rollouts; layers with a sliding window keep their own kind."""
+    cache = DynamicCache(config=policy.model.config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer
+                    for layer in cache.layers]
+    return cache
+
+
 @torch.no_grad()
 def sample(policy, prompts, group_size, max_tokens, temperature=1.0, top_p=1.0, rollout_batch=0,
            sharded=False, stride=32):
@@ -563,7 +593,7 @@ def sample(policy, prompts, group_size, max_tokens, temperature=1.0, top_p=1.0, 
         width = max(map(len, part))                      # left-padded: the last column is real
         ids = torch.tensor([[0] * (width - len(p)) + p for p in part], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=device)
-        cache = DynamicCache(config=policy.model.config)
+        cache = roomy_cache(policy)
         # each prompt is read once for its whole group (the token drawn by this call is not used)
         policy.generate(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache,
                         max_new_tokens=1, **settings)
@@ -586,7 +616,7 @@ def sample(policy, prompts, group_size, max_tokens, temperature=1.0, top_p=1.0, 
             if not any(gather(len(going)) if sharded else [len(going)]):
                 break
             if not len(going):                           # others go on: one idle row, never kept
-                cache, alive = DynamicCache(config=policy.model.config), alive[:0]
+                cache, alive = roomy_cache(policy), alive[:0]
                 ids, mask = ids.new_zeros(1, 1), mask.new_ones(1, 1)
                 continue
             if len(going) < len(alive):                  # rows that have ended leave the batch
@@ -1224,10 +1254,11 @@ class Log:
             text = r.text if len(r.text) < 1200 else r.text[:600] + " [...] " + r.text[-600:]
             tqdm.write(f"\n[step {row['step']}: reward {r.reward:.0f}, mean u "
                        f"{u[0, :len(r.ids)].mean():+.3f}, answer {r.problem['answer']}] {text}\n")
+        teacher = "" if row["teacher_entropy"] is None else (
+            f"H_T {row['teacher_entropy']:.3f}, gate {row['gate']:g}, lambda {row['lam']:g}, ")
         self.bar.set_postfix_str(
             f"reward {row['reward']:.3f}, length {row['length']:.0f}, truncated "
-            f"{row['truncated']:.0%}, H_T {row['teacher_entropy'] or 0:.3f}, gate {row['gate']:g}, "
-            f"lambda {row['lam']:g}, {row['tokens_per_s']:.0f} tok/s")
+            f"{row['truncated']:.0%}, {teacher}{row['tokens_per_s']:.0f} tok/s")
         self.bar.update()
 
     def close(self):
@@ -1309,7 +1340,8 @@ def load_tokenizer(cfg):
         tokenizer = AutoTokenizer.from_pretrained(cfg.model, **options)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"--model {cfg.model}: no such folder or hub model ({reason})") from None
+        raise InputError(f"--model {cfg.model} is no folder here and cannot be loaded from the hub "
+                         f"({reason})") from None
     if not tokenizer.chat_template:
         raise InputError(f"--model {cfg.model} has no chat template: it must be a chat model")
     text_config = model_config.get_text_config()

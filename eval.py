@@ -3,7 +3,7 @@
     python eval.py --model runs/antisd/model --benchmarks aime24,aime25,aime26,hmmt25,minerva
     torchrun --nproc-per-node 8 eval.py @the.args      # the same flags; ranks split the responses
     python eval.py --model M --data rows.jsonl --pmi --output pmi.html        # the paper's Figure 2
-    python eval.py --curves runs/grpo runs/antisd --output curves.svg         # the paper's Figure 4
+    python eval.py --curves toy/results/grpo_? toy/results/antisd_? --output c.svg    # and Figure 4
 
 Prompt, renderer, sampler, scorer and grader are antisd.py's own: what is measured here is what was
 trained there. A folder of results is continued by the same command, however it was stopped.
@@ -580,7 +580,8 @@ def load_runs(folders):
             flags = json.loads((folder / "config.json").read_text())["flags"]
             lines = (folder / "metrics.jsonl").read_text().splitlines()
         except FileNotFoundError as error:
-            raise InputError(f"--curves {folder}: no {Path(error.filename).name} there") from None
+            missing = Path(error.filename).name if folder.is_dir() else "such folder"
+            raise InputError(f"--curves {folder}: no {missing}") from None
         flags["init_from"] = "run" if flags.get("init_from") else ""     # each seed has its own
         runs.append((flags, [json.loads(line) for line in lines]))
     free = ("seed", "output", "method", "steps", "resume", "tracker", "save_every", "keep",
@@ -636,7 +637,7 @@ def compare(arms):
     seeds = {arm: {seed: trace(rows, "eval_accuracy") for seed, rows in runs.items()}
              for arm, runs in arms.items()}
     curves = {arm: pooled(list(part.values())) for arm, part in seeds.items()}
-    base = next((arm for arm in arms if arm.startswith("grpo")), None)
+    base = min((arm for arm in arms if arm.startswith("grpo")), key=len, default=None)
     grpo = curves.get(base, {})
     goal, marks, out = max(grpo.values(), default=math.inf), {}, {}
     for arm, curve in curves.items():                    # max: the first of equals

@@ -34,8 +34,10 @@ import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.distributed.checkpoint import state_dict as dcp_state
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (AutoConfig, AutoModelForCausalLM, GenerationConfig,
                           PreTrainedTokenizerFast)
+from transformers.cache_utils import DynamicLayer
 
 import antisd
 import eval as evaluation
@@ -415,6 +417,18 @@ def test_log_softmax_runs_in_float32_on_bfloat16_logits():
     torch.testing.assert_close(logp, exact.float(), rtol=0, atol=1e-5)
 
 
+class Operators(TorchDispatchMode):
+    """Notes which operators run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
 def test_no_more_than_one_chunk_of_logits_is_ever_held():
     """Not in the forward, not for the backward: the largest tensor saved is the input itself."""
     head, hidden, targets = head_and_hidden(40, 6, 100)
@@ -425,8 +439,12 @@ def test_no_more_than_one_chunk_of_logits_is_ever_held():
         logp, _ = antisd.token_logprobs(hidden, head, targets, chunk=8)
     assert calls == [8] * 5
     assert max(saved, default=0) < 8 * 100
-    logp.sum().backward()
+    with Operators() as operators:
+        logp.sum().backward()
     assert calls == [8] * 10                             # recomputed, again chunk by chunk
+    # but for the entropy, which backward does not need
+    assert "aten._log_softmax.default" in operators.seen
+    assert "aten.clamp_min.default" not in operators.seen
 
 
 def test_pack_marks_exactly_the_response_tokens():
@@ -600,6 +618,39 @@ def test_greedy_rollouts_equal_a_step_by_step_argmax(kind, seed):
         assert found == expected
     n = min(lengths)                                     # an end token may be the last one allowed
     assert ids_of(antisd.sample(policy, PROMPTS, 2, n, 0, stride=6)) == [r[:n] for r in expected]
+
+
+def test_a_roomy_cache_holds_what_a_dynamic_one_does_and_copies_it_rarely():
+    """More heads than tokens, rows repeated and selected, room used up twice."""
+    ours, theirs, moved = antisd.RoomyLayer(), DynamicLayer(), 0
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for step in range(80):
+            rows, length = (3, 2) if step == 0 else (len(ours.keys), 1)
+            new = torch.randn(2, rows, 8, length, 4).unbind()
+            before = ours.keys.data_ptr() if step else 0
+            for mine, exact in zip(ours.update(*new), theirs.update(*new)):
+                assert torch.equal(mine, exact)
+            moved += before != ours.keys.data_ptr()
+            for layer in (ours, theirs):
+                if step == 0:
+                    layer.batch_repeat_interleave(2)
+                if step == 50:
+                    layer.batch_select_indices(torch.tensor([4, 1, 2]))
+            assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
+    assert moved == 4                                    # steps 0, 1, 33 and, rows selected, 51
+
+
+def test_rollouts_keep_sliding_windows_and_make_room_elsewhere():
+    policy, kinds = antisd.Policy(tiny("olmo3")), set()
+    generate = policy.generate
+
+    def watched(past_key_values, **inputs):
+        kinds.update(type(layer).__name__ for layer in past_key_values.layers)
+        return generate(past_key_values=past_key_values, **inputs)
+    policy.generate = watched
+    antisd.sample(policy, PROMPTS, 2, 4)
+    assert kinds == {"RoomyLayer", "DynamicSlidingWindowLayer"}
 
 
 def hostile(model):
@@ -2138,7 +2189,7 @@ def test_benchmarks_are_the_papers():
     (["--model", "m", "--data", "d", "--chat-template-kwargs", "[]"], "JSON object"),
     (["--model", "m", "--data", "d", "--pmi", "--temperature", "0"], "--pmi"),
     (["--model", "m", "--nonsense"], "unrecognized arguments: --nonsense"),
-    (["--curves", "/no/such/run"], "no config.json"),
+    (["--curves", "/no/such/run"], "no such folder"), (["--curves", "/"], "no config.json"),
 ])
 def test_eval_errors_are_one_line_and_code_2(argv, text, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["eval.py", *argv])
@@ -2313,6 +2364,14 @@ def test_arms_differ_by_method_or_flags_but_not_by_seed(tmp_path):
             for i, tau in enumerate((.93, .93, 0))]
     assert {arm: len(part) for arm, part in evaluation.load_runs(runs).items()} == {
         "antisd": 2, "antisd tau_down=0": 1}
+
+
+def test_the_baseline_is_grpo_from_the_start(tmp_path):
+    runs = [metrics_of(tmp_path / "a", "grpo", [.9], init_from="runs/b"),
+            metrics_of(tmp_path / "b", "grpo", [.1]), metrics_of(tmp_path / "c", "antisd", [.5])]
+    rows = evaluation.compare(evaluation.load_runs(runs))
+    assert rows["antisd"]["best_gap"][0] == pytest.approx(.4)
+    assert rows["grpo init_from=run"]["best_gap"][0] == pytest.approx(.8)
 
 
 def test_the_labs_table_of_tokens_by_hand():

@@ -6,7 +6,7 @@
 
 A run is `python antisd.py @toy/demo.args --lam 0.5`, the arm's flags below and a seed. Of each,
 config.json, metrics.jsonl and tokens.json stay; the last one is u by kind of token, from the two
-responses a step that samples.jsonl keeps. It prints that as a table.
+responses a step that samples.jsonl keeps. It prints that as a table, and when the gate moved.
 """
 import argparse
 import json
@@ -37,6 +37,7 @@ ARMS = {                                        # "{run}": the folder of the sam
     "student_gate": "--gate_source student",
     "no_teacher": "--method no_teacher",
     "continual": "--init_from {run}",
+    "grpo_on": "--method grpo --init_from {run}",          # what continual is to be compared with
 }
 SEEDS = (0, 1, 2, 3, 4)
 
@@ -101,7 +102,7 @@ def run(arm, seed):
 
 
 def show(arms):
-    """u by kind of token and deliberation words a response, over the seeds of each arm."""
+    """u by kind of token, deliberation words a response, and when the gate moved, for each arm."""
     print(f"{'arm':14}{'steps':16}{'words':>6}  mean u (share of u < 0) by kind of token")
     for arm in arms:
         files = sorted(RESULTS.glob(f"{arm}_[0-9]*/tokens.json"))
@@ -117,6 +118,14 @@ def show(arms):
                                    for k in ("u", "negative"))
                     cells.append(f"{name} {u:+.2f} ({negative:.0%})")
             print(f"{arm:14}{part:16}{words:6.1f}  {', '.join(cells)}")
+    print("\nsteps at which the gate moved, by seed")
+    for arm in arms:
+        moves = []
+        for file in sorted(RESULTS.glob(f"{arm}_[0-9]*/metrics.jsonl")):
+            gates = [row["gate"] for row in lines(file) if "gate" in row]
+            moves.append(" ".join(str(i) for i in range(1, len(gates)) if gates[i] != gates[i - 1]))
+        if any(moves):
+            print(f"{arm:14}{'; '.join(move or 'never' for move in moves)}")
 
 
 def main():
