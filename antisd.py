@@ -1340,7 +1340,7 @@ def load_tokenizer(cfg):
         tokenizer = AutoTokenizer.from_pretrained(cfg.model, **options)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"--model {cfg.model} is no folder here and cannot be loaded from the hub "
+        raise InputError(f"--model {cfg.model} cannot be loaded, from a folder or the hub "
                          f"({reason})") from None
     if not tokenizer.chat_template:
         raise InputError(f"--model {cfg.model} has no chat template: it must be a chat model")
