@@ -661,8 +661,8 @@ def compare(arms):
             last = [trace(rows, key) for rows in arms[arm].values()]
             last = [t[max(t)] for t in last if t]
             row[key] = statistics.fmean(last) if last else None
-        gates = [r["gate"] for rows in arms[arm].values() for r in rows
-                 if r.get("h_warm") is not None]         # over all seeds' steps with a gate
+        gates = [gate for rows in arms[arm].values()   # the first H_warm: still warm-up
+                 for gate in [r["gate"] for r in rows if r.get("h_warm") is not None][1:]]
         row["gate"] = statistics.fmean(gates) if gates else None
     return out
 

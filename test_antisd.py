@@ -2334,7 +2334,7 @@ def test_curves_table_speed_up_and_picture_by_hand(tmp_path, capsys):
     # over steps 0 to 8: (.1 + .5 + .7 + .6 + 0) / 5 and .42; only seed 0 has a grpo run, of .2
     assert rows["antisd"]["mean"] == pytest.approx((.4, .02 * 2 ** .5))
     assert rows["antisd"]["mean_gap"] == (pytest.approx(.18), None)
-    assert rows["antisd"]["length"] == 10 and rows["antisd"]["gate"] == 7 / 8
+    assert rows["antisd"]["length"] == 10 and rows["antisd"]["gate"] == 6 / 7
     assert rows["antisd"]["seeds"] == 2 and rows["antisd"]["speed_up"] == pytest.approx(6 / 2)
     assert rows["sd"]["speed_up"] is None
     evaluation.draw_curves(evaluation.EvalConfig(curves=runs, output=str(tmp_path / "c.svg")))
@@ -2384,8 +2384,12 @@ def test_the_labs_table_of_tokens_by_hand():
     assert table["deliberation words"] == 1.5
     assert table["kinds"]["deliberation"] == {"count": 3, "u": round(-.5 / 3, 4), "negative": .3333}
     assert {k: v["u"] for k, v in table["kinds"].items() if v["count"] == 1} == {
-        "sum": .25, "stop": 0.0, "boxed digit": 2.0}
+        "right sum": .25, "stop": 0.0, "boxed digit": 2.0}
     assert table["kinds"]["term"] == {"count": 2, "u": -.25, "negative": .5}     # 3 and 2
+    for text, found in (("start with 3 wait B 2 makes 1", "wrong sum"), ("2 makes 0", "wrong sum"),
+                        ("with 3 so B 4 makes 2 but C 4 makes 1", "right sum"),
+                        ("makes 3 makes makes 3", "wrong sum")):
+        assert lab.kind(text.split(), len(text.split()) - 1) == found
 
 
 def test_rolling_mean_is_over_the_last_20_steps():

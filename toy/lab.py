@@ -49,8 +49,13 @@ def kind(tokens, i):
         return "deliberation"
     if word == "so":
         return "stop"
+    if word.isdigit() and before == "makes" and i > 1 and tokens[i - 2].isdigit():
+        running = [int(digit) for opens, digit in zip(tokens[:i - 2], tokens[1:i - 2])
+                   if opens in ("with", "makes") and digit.isdigit()]
+        right = running and (running[-1] + int(tokens[i - 2])) % 5 == int(word)
+        return "right sum" if right else "wrong sum"
     if word.isdigit():
-        return {"makes": "sum", "\\boxed{": "boxed digit"}.get(before, "term")
+        return {"makes": "wrong sum", "\\boxed{": "boxed digit"}.get(before, "term")
     return "other"
 
 
@@ -110,7 +115,8 @@ def show(arms):
         for part in ("first 10 steps", "last 10 steps") if runs else ():
             words = statistics.fmean(r[part]["deliberation words"] for r in runs)
             cells = []
-            for name in ("deliberation", "stop", "term", "sum", "boxed digit"):
+            for name in ("deliberation", "stop", "term", "right sum", "wrong sum",
+                         "boxed digit"):
                 found = [r[part]["kinds"][name] for r in runs if name in r[part]["kinds"]]
                 n = sum(f["count"] for f in found)
                 if n:
