@@ -1590,9 +1590,11 @@ def test_every_sampler_trains_a_step(root, tmp_path, monkeypatch, sampler, name)
     (dict(method="antisd"), 1), (dict(method="antisd", gate_source="student"), 2),
     (dict(method="grpo", updates_per_batch=2), 1)])
 def test_no_pass_is_paid_for_that_nobody_reads(root, tmp_path, monkeypatch, flags, passes):
-    scored = spy(monkeypatch, "score")
+    scored, bar = spy(monkeypatch, "score"), []
+    monkeypatch.setattr(antisd.tqdm, "set_postfix_str", lambda self, text: bar.append(text))
     run(root, tmp_path, **flags)
     assert len(scored) == passes
+    assert all(("H_T" in text) == (flags["method"] != "grpo") for text in bar) and bar
 
 
 def test_rollouts_of_a_step_are_drawn_at_the_flags_temperature(root, tmp_path, monkeypatch):
@@ -2390,6 +2392,9 @@ def test_the_labs_table_of_tokens_by_hand():
                         ("with 3 so B 4 makes 2 but C 4 makes 1", "right sum"),
                         ("makes 3 makes makes 3", "wrong sum")):
         assert lab.kind(text.split(), len(text.split()) - 1) == found
+    assert lab.kind("makes 3 wait B 0".split(), 1) == "wrong sum"            # nothing to add to
+    of_grpo = lab.by_kind([{"tokens": ["so"], "u": [None]}])                 # no teacher, no u
+    assert of_grpo["kinds"] == {"stop": {"count": 1}}
 
 
 def test_rolling_mean_is_over_the_last_20_steps():
@@ -2487,7 +2492,7 @@ def test_bad_models_and_sizes_are_refused_before_weights_are_read(root, weightle
     def attempt(world=1, **flags):
         return lambda: antisd.prepare(config(root, **{"model": str(weightless)} | flags), world)
     attempt()()                                          # nothing is wrong with the rest
-    refuse(attempt(model=str(tmp_path / "nowhere")), "nowhere")
+    refuse(attempt(model=str(tmp_path / "nowhere")), "nowhere cannot be loaded")
     refuse(attempt(model="nobody/nothing"), "nobody/nothing")
     refuse(attempt(world=3), "--problems_per_step", "3")
     refuse(attempt(world=2, updates_per_batch=4), "--updates_per_batch")

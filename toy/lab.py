@@ -5,8 +5,9 @@
     python eval.py --curves toy/results/*/ --output toy/results/curves.svg     # table and picture
 
 A run is `python antisd.py @toy/demo.args --lam 0.5`, the arm's flags below and a seed. Of each,
-config.json, metrics.jsonl and tokens.json stay; the last one is u by kind of token, from the two
-responses a step that samples.jsonl keeps. It prints that as a table, and when the gate moved.
+config.json, metrics.jsonl and tokens.json stay; the last one counts tokens by kind, with their u,
+in the two responses a step that samples.jsonl keeps. It prints that as a table, and when the gate
+moved.
 """
 import argparse
 import json
@@ -49,25 +50,27 @@ def kind(tokens, i):
         return "deliberation"
     if word == "so":
         return "stop"
-    if word.isdigit() and before == "makes" and i > 1 and tokens[i - 2].isdigit():
-        running = [int(digit) for opens, digit in zip(tokens[:i - 2], tokens[1:i - 2])
-                   if opens in ("with", "makes") and digit.isdigit()]
-        right = running and (running[-1] + int(tokens[i - 2])) % 5 == int(word)
+    if word.isdigit() and before == "makes":             # "start with 3 wait B 2 makes 0"
+        earlier, term = tokens[:max(0, i - 2)], tokens[i - 2]
+        sums = [int(digit) for opens, digit in zip(earlier, earlier[1:])
+                if opens in ("with", "makes") and digit.isdigit()]
+        right = sums and term.isdigit() and (sums[-1] + int(term)) % 5 == int(word)
         return "right sum" if right else "wrong sum"
     if word.isdigit():
-        return {"makes": "wrong sum", "\\boxed{": "boxed digit"}.get(before, "term")
+        return "boxed digit" if before == "\\boxed{" else "term"
     return "other"
 
 
 def by_kind(samples):
-    """{kind: count, mean u, share of u < 0}, and deliberation words a response."""
+    """{kind: count and, but for grpo, mean u and share of u < 0}, deliberation words a response."""
     values = {}
     for row in samples:
         for i, u in enumerate(row["u"]):
             values.setdefault(kind(row["tokens"], i), []).append(u)
-    table = {name: {"count": len(us), "u": round(statistics.fmean(us), 4),
-                    "negative": round(statistics.fmean(u < 0 for u in us), 4)}
-             for name, us in sorted(values.items()) if us[0] is not None}
+    table = {name: {"count": len(us)} | ({} if us[0] is None else {
+        "u": round(statistics.fmean(us), 4),
+        "negative": round(statistics.fmean(u < 0 for u in us), 4)})
+        for name, us in sorted(values.items())}
     words = sum(token in DELIBERATION for row in samples for token in row["tokens"])
     return {"kinds": table, "deliberation words": round(words / max(1, len(samples)), 3)}
 
@@ -107,23 +110,28 @@ def run(arm, seed):
 
 
 def show(arms):
-    """u by kind of token, deliberation words a response, and when the gate moved, for each arm."""
-    print(f"{'arm':14}{'steps':16}{'words':>6}  mean u (share of u < 0) by kind of token")
+    """For each arm deliberation words a response, the share of sums that are wrong, u by kind of
+    token, and when the gate moved."""
+    print(f"{'arm':14}{'steps':16}{'words':>6}{'slips':>7}  mean u (share of u < 0) by kind")
     for arm in arms:
         files = sorted(RESULTS.glob(f"{arm}_[0-9]*/tokens.json"))
         runs = [json.loads(file.read_text()) for file in files]
         for part in ("first 10 steps", "last 10 steps") if runs else ():
             words = statistics.fmean(r[part]["deliberation words"] for r in runs)
+            right, wrong = (sum(r[part]["kinds"].get(f"{name} sum", {"count": 0})["count"]
+                                for r in runs) for name in ("right", "wrong"))
             cells = []
             for name in ("deliberation", "stop", "term", "right sum", "wrong sum",
                          "boxed digit"):
-                found = [r[part]["kinds"][name] for r in runs if name in r[part]["kinds"]]
+                found = [r[part]["kinds"].get(name, {}) for r in runs]
+                found = [f for f in found if "u" in f]
                 n = sum(f["count"] for f in found)
                 if n:
                     u, negative = (sum(f[k] * f["count"] for f in found) / n
                                    for k in ("u", "negative"))
                     cells.append(f"{name} {u:+.2f} ({negative:.0%})")
-            print(f"{arm:14}{part:16}{words:6.1f}  {', '.join(cells)}")
+            print(f"{arm:14}{part:16}{words:6.1f}{wrong / max(1, right + wrong):7.0%}  "
+                  + ", ".join(cells))
     print("\nsteps at which the gate moved, by seed")
     for arm in arms:
         moves = []
