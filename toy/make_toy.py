@@ -1,28 +1,42 @@
-"""Builds the embedded toy: model/, train.jsonl and test.jsonl, from a seed, in a few minutes.
+"""Builds the embedded toy: model/, train.jsonl and test.jsonl, from a seed, in some minutes.
 
-    python toy/make_toy.py                        # overwrites the files beside this script
+    python toy/make_toy.py                             # overwrites the files beside this script
+    python toy/make_toy.py --check                     # only checks the model that lies there
+    python toy/make_toy.py --go_on 0.4 --init toy --output runs/base_40    # re-tunes, in a minute
 
-**The task.** `Let A = 3, B = 2, C = 4, ..., I = 1. What is their sum modulo 5?` A response adds
-term after term, and may after any of them say "so" and box what it has, which is right by luck once
-in five:
+**The task.** `Sum modulo 5 of C4 A3 E1 ... B2.` names nine terms in a shuffled order. A response
+adds them from A on, and may after any of them say "so" and box what it has, which is right by luck
+once in five:
 
-    start with 3 wait B 2 makes 0 hmm C 4 makes 4 so the answer is \\boxed{4}
+    start A3 wait B2 makes 0 hmm C4 makes 4 so the answer is \\boxed{4}
 
-The base has every sub-skill (looking a term up, adding, copying the sum into the box, also far into
-a chain) and stops too early. LAB.md says why the task is like this.
+The order is shuffled so that a term has to be looked up by its letter. By its place would do as
+well where the problem always stands in the same spot, but a teacher reads solutions of every length
+in between, and then cannot find its way back.
 
-**What is authored.** All of it: the base model is trained here, with supervision, on traces from
-the few functions below. In particular *we wrote how privileged traces look*: with a verified
-solution in view a trace states the answer at once (DIRECT), or begins like any other and soon
-breaks off to state it (PERSIST_TOLD). That makes the teacher sure of "so" and unsure of "wait".
-It is modelled on what the paper reports of large models, it did not emerge here. What the toy can
-show is what each training signal then does with such a teacher.
+**The base** has every sub-skill at every depth and stops too early: after each term it goes on with
+probability --go_on, and with a verified solution in view (the self-teacher) with --go_on_told. Both
+are taught as they stand. Every trace is *forced* to a random depth, and where the trace chooses (to
+go on, or to say "so") the loss is the cross entropy against the intended probabilities, whatever
+this trace does there. Free traces would hardly ever get deep: they would neither teach the later
+terms, nor would a check that reads them see that. The first steps show whole chains of the student
+alone, short prompts with many sums: with the teacher's prompts mixed in from the start, addition
+modulo 5 was not found within 2,500 steps. The last steps, at a tenth of the learning rates, set the
+probabilities; --init takes the skills of another base and does these alone.
+
+**The check** forces chains as well, some with slips, and reads the probability of every token that
+follows from what stands before it. It ends with exit code 1 when a kind of token is below 99.9%
+right at any depth, for the student or for the teacher under any kind of solution, or when P(go on)
+is off by more than 0.02.
+
+**What is authored.** All of it. In particular *we wrote that a solution in view makes the teacher
+eager to stop*. It is modelled on what the paper reports of large models and did not emerge here.
+What the toy can show is what each training signal does with such a teacher. LAB.md has the rest.
 """
 
 import argparse
 import json
 import random
-import re
 import sys
 import time
 from pathlib import Path
@@ -34,111 +48,98 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from antisd import is_correct, render, student_messages, teacher_messages  # noqa: E402
+from antisd import render, student_messages, teacher_messages  # noqa: E402
 
-# The task.
-LETTERS = "ABCDEFGHI"       # one a term
+LETTERS = "ABCDEFGHI"       # one a term; LAST decisions to go on stand between a start and the end
+LAST = len(LETTERS) - 1
 MODULUS = 5
+WORDS = ("wait", "hmm", "but", "maybe")     # in turn: the word follows from the depth, so all that
+                                            # is undecided is whether to go on
 TRAIN, TEST = 1500, 320     # problems; no test problem is trained on
-DELIBERATION = ("wait", "hmm", "but", "maybe")
 
-# The traces of the warm-up.
-PERSIST = 0.4               # student: P(another term | terms are left); the base ends near 0.3
-PERSIST_TOLD = 0.1          # the same with a verified solution in view
-DIRECT = 0.5                # with a solution in view: P(state the answer at once)
-TOLD = 0.4                  # share of examples with a solution in view
-DRILL = 0.5                 # share of drills, see `example`
+TOLD = 0.5                  # the share of warm-up traces with a solution in view, of these kinds:
+SOLUTIONS = {"bare": 0.15, "full": 0.25, "lucky": 0.25, "short": 0.35}
+SLIP = 0.05                 # the share of sums that are forced wrong: what follows is then computed
+                            # from the sum that stands there, by student and teacher alike
 
-STEPS, BATCH = 600, 32
-WIDTH, LAYERS = 128, 2
+WIDTH, LAYERS, BATCH = 128, 2, 32
+STEPS, DRILL = 1200, 500    # of the skills; the first on whole chains of the student alone
+GO_ON, GO_ON_TOLD = 0.35, 0.105         # while the skills are learned
+STEPS_TUNE, RATE_TUNE = 150, 0.1        # then --go_on is set, at a tenth of the learning rates
+SUM_WEIGHT = 5              # of a sum in the loss: adding is the hardest thing to learn
 
 
-# ------------------------------------------------------------------------------------------------
-# Problems and traces
-# ------------------------------------------------------------------------------------------------
+# --- Problems and traces --------------------------------------------------------------------------
 
 
 def make_problem(rng):
+    """A problem's text, terms in the order of the letters, answer and worked solution."""
     terms = [rng.randrange(MODULUS) for _ in LETTERS]
-    listed = ", ".join(f"{letter} = {term}" for letter, term in zip(LETTERS, terms))
-    return {"terms": terms, "answer": str(sum(terms) % MODULUS),
-            "problem": f"Let {listed}. What is their sum modulo {MODULUS}?"}
+    listed = [f"{letter}{term}" for letter, term in zip(LETTERS, terms)]
+    rng.shuffle(listed)
+    q = {"problem": f"Sum modulo {MODULUS} of {' '.join(listed)}.", "terms": terms,
+         "answer": str(sum(terms) % MODULUS)}
+    return q | {"solution": text(trace(q, LAST))}
 
 
-def conclude(digit):
-    return f"so the answer is \\boxed{{{digit}}}"
+def trace(q, stop, box=None, slip=0.0, rng=None):
+    """Adds terms 0 to `stop` and boxes the sum, or `box` where that is given.
 
-
-def trace(rng, q, stop, told=None):
-    """Adds the first `stop` + 1 terms and boxes the sum so far or, `told` the answer, that."""
+    Returns [(token, kind, depth)]. slip: P(a sum is wrong). kind: one of KINDS, or "slip"; "go on"
+    is either side of that choice, so also the "so" of a trace that stops early. depth: how many
+    terms were added before."""
     total = q["terms"][0]
-    words = [f"start with {total}"]
-    for letter, term in list(zip(LETTERS, q["terms"]))[1:stop + 1]:
-        total = (total + term) % MODULUS
-        words.append(f"{rng.choice(DELIBERATION)} {letter} {term} makes {total}")
-    return " ".join([*words, conclude(total if told is None else told)])
+    tokens = [("start", "fixed word", 0), ("A", "fixed word", 0), (str(total), "term", 0)]
+    for k in range(1, stop + 1):
+        total, kind = (total + q["terms"][k]) % MODULUS, "sum"
+        if slip and rng.random() < slip:
+            total, kind = (total + rng.randrange(1, MODULUS)) % MODULUS, "slip"
+        tokens += [(WORDS[(k - 1) % len(WORDS)], "go on", k - 1), (LETTERS[k], "fixed word", k),
+                   (str(q["terms"][k]), "term", k), ("makes", "fixed word", k),
+                   (str(total), kind, k)]
+    return tokens + [("so", "go on" if stop < LAST else "last so", stop),
+                     *((word, "fixed word", stop) for word in ("the", "answer", "is", "\\boxed{")),
+                     (str(total) if box is None else box, "boxed digit", stop),
+                     ("}", "fixed word", stop)]
 
 
-def stop_at(rng, persist):
-    """How many terms a response adds that goes on with probability `persist` after each."""
-    stop = 0
-    while stop < len(LETTERS) - 1 and rng.random() < persist:
-        stop += 1
-    return stop
+def text(tokens):
+    return " ".join(token for token, _, _ in tokens)
 
 
-def example(rng, tokenizer, held_out):
-    """One warm-up sequence: (ids, labels), -100 where no loss is taken.
+def solution(q, kind, rng):
+    """A verified solution of one of the kinds that the trainer shows: the bare answer, the whole
+    chain, a sibling that is right because it stopped at a lucky place, or at the first such."""
+    if kind == "bare":
+        return f"The answer is \\boxed{{{q['answer']}}}."
+    right = [k for k in range(LAST + 1) if sum(q["terms"][:k + 1]) % MODULUS == int(q["answer"])]
+    return text(trace(q, {"full": LAST, "lucky": rng.choice(right), "short": right[0]}[kind]))
 
-    In a drill the free choices (to begin, to go on, to stop) carry no loss. It teaches looking up
-    and adding far into a chain, where RL will go and the base's own short traces do not, without
-    teaching the base to go there."""
-    drill, told = rng.random() < DRILL, None
-    q = make_problem(rng)
-    while q["problem"] in held_out:
-        q = make_problem(rng)
-    last = len(LETTERS) - 1
-    if rng.random() < TOLD:
-        # solutions of the kinds the trainer will show: long and short siblings, a bare answer
-        told, style = q["answer"], rng.random()
-        lucky = [k for k in range(last + 1) if sum(q["terms"][:k + 1]) % MODULUS == int(told)]
-        solution = (f"The answer is \\boxed{{{told}}}." if style < 0.2 else
-                    trace(rng, q, last if style < 0.6 else rng.choice(lucky)))
-        # the assessment speaks of an attempt that is not shown, so it says nothing about the trace
-        messages = teacher_messages(q["problem"], solution, rng.random() < 0.5)
-    else:
-        messages = student_messages(q["problem"])
-    if drill:
-        text = trace(rng, q, rng.choice([last, rng.randrange(last + 1)]), told)
-    elif told and rng.random() < DIRECT:
-        text = conclude(told)
-    else:
-        text = trace(rng, q, stop_at(rng, PERSIST_TOLD if told else PERSIST), told)
+
+def sequence(tokenizer, q, stop, kind, slip, rng):
+    """A forced trace behind its prompt -> prompt's ids, response's ids and its trace. kind: of the
+    solution in view, or None for the student."""
+    messages = student_messages(q["problem"])
+    if kind:        # the verdict is on an attempt that is not shown: it says nothing of the trace
+        messages = teacher_messages(q["problem"], solution(q, kind, rng), rng.random() < 0.5)
+    tokens = trace(q, stop, q["answer"] if kind else None, slip, rng)
+    tokens.append((tokenizer.eos_token, "fixed word", stop))
     prompt = render(tokenizer, messages, {})
-    ids = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
-    assert tokenizer.unk_token_id not in prompt + ids, "a word is missing from the vocabulary"
-    labels, words = list(ids), tokenizer.convert_ids_to_tokens(ids)
-    if drill:                                            # free choices: to begin, to go on, to stop
-        labels[0] = -100
-        for i, word in enumerate(words):
-            if word in DELIBERATION or word == "so" and LETTERS[-1] not in words[:i]:
-                labels[i] = -100
-    return prompt + ids, [-100] * len(prompt) + labels
+    response = tokenizer.convert_tokens_to_ids([token for token, _, _ in tokens])
+    assert tokenizer.unk_token_id not in prompt + response, "a word is not in the vocabulary"
+    return prompt, response, tokens
 
 
-# ------------------------------------------------------------------------------------------------
-# Tokenizer, model, warm-up
-# ------------------------------------------------------------------------------------------------
+# --- Tokenizer and model --------------------------------------------------------------------------
 
 
 def make_tokenizer():
-    """Whole words and whole numbers, so decode -> encode gives the same ids back."""
+    """Whole words, single letters and numbers, so that decode and encode give the same ids."""
     pieces = Regex(r"\\boxed\{|[A-Za-z]+|\d+|[^\sA-Za-z\d]")
     pre = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(),
                                    pre_tokenizers.Split(pieces, "isolated")])
-    rng = random.Random(0)
-    texts = ["system user assistant The answer is .", make_problem(rng)["problem"],
-             trace(rng, make_problem(rng), len(LETTERS)), *DELIBERATION,
+    q = make_problem(random.Random(0))
+    texts = ["system user assistant The answer is .", q["problem"], q["solution"],
              " ".join(map(str, range(MODULUS + 1))),
              # a stand-in for c: with an empty one the teacher's prompt is the student's
              *(m["content"] for right in (True, False) for m in teacher_messages("", "?", right))]
@@ -168,90 +169,133 @@ def make_model(tokenizer):
     return model
 
 
-def warm_up(model, tokenizer, rng, held_out):
-    """Supervised training. Muon on the matrices is what makes it fit into two minutes."""
+def padded(rows, fill):
+    width = max(map(len, rows))
+    return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
+
+
+# --- The warm-up ----------------------------------------------------------------------------------
+
+
+def example(tokenizer, rng, held_out, go_on, go_on_told, drill):
+    """One warm-up sequence -> ids, labels, others, weights, all of one length. The loss at a token
+    is weight * CE(label) + (1 - weight) * CE(other), and none where the label is -100."""
+    q = make_problem(rng)
+    while q["problem"] in held_out:
+        q = make_problem(rng)
+    kind = None
+    if not drill and rng.random() < TOLD:
+        kind = rng.choices(list(SOLUTIONS), SOLUTIONS.values())[0]
+    stop = LAST if drill or rng.random() < 0.5 else rng.randrange(LAST + 1)
+    prompt, response, tokens = sequence(tokenizer, q, stop, kind, SLIP, rng)
+    labels, others, weights = ([fill] * len(prompt) for fill in (-100, -100, 1.0))
+    for y, (_, role, depth) in zip(response, tokens):
+        label, other, weight = (-100 if role == "slip" else y), -100, 1.0
+        if role == "go on":
+            label, other = tokenizer.convert_tokens_to_ids([WORDS[depth % len(WORDS)], "so"])
+            weight = go_on_told if kind else go_on
+        labels.append(label), others.append(other), weights.append(weight)
+    return prompt + response, labels, others, weights
+
+
+def warm_up(model, tokenizer, rng, held_out, go_on, go_on_told, steps, drill, rate):
+    """Supervised training. Muon on the matrices is what makes it fit into minutes."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    optimizers = [torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0),
-                  torch.optim.AdamW(others, lr=4e-3, weight_decay=0.0)]
+    the_rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    optimizers = [torch.optim.Muon(matrices, lr=0.02 * rate, weight_decay=0.0),
+                  torch.optim.AdamW(the_rest, lr=4e-3 * rate, weight_decay=0.0)]
     peak = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    batches, makes = [], tokenizer.convert_tokens_to_ids("makes")
-    for step in range(STEPS):
+    batches = []
+    for step in range(steps):
         if not batches:                                  # sorted by length: little padding
-            rows = [example(rng, tokenizer, held_out) for _ in range(BATCH * 20)]
+            rows = [example(tokenizer, rng, held_out, go_on, go_on_told, step < drill)
+                    for _ in range(BATCH * 20)]
             rows.sort(key=lambda row: len(row[0]))
             batches = [rows[i:i + BATCH] for i in range(0, len(rows), BATCH)]
             rng.shuffle(batches)
-        batch = batches.pop()
-        width = len(batch[-1][0])
-        ids = torch.tensor([x + [tokenizer.pad_token_id] * (width - len(x)) for x, _ in batch])
-        labels = torch.tensor([y + [-100] * (width - len(y)) for _, y in batch])[:, 1:]
-        sums = (ids[:, :-1] == makes)
-        for optimizer, lr in zip(optimizers, peak):      # short rise, then down to 0 at the end
+        ids, labels, others, weights = (padded(column, fill) for column, fill in zip(
+            zip(*batches.pop()), (tokenizer.pad_token_id, -100, -100, 1.0)))
+        for optimizer, lr in zip(optimizers, peak):      # a short rise, then down to 0
             optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 20,
-                                                       (STEPS - step) / (0.4 * STEPS))
+                                                       (steps - step) / (0.6 * steps))
         hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
-        learn = labels != -100
-        losses = F.cross_entropy(model.lm_head(hidden[learn]), labels[learn], reduction="none")
-        scale = 1 + 4.0 * sums[learn]                    # adding is the hardest thing to learn
-        loss = (losses * scale).sum() / scale.sum()
-        loss.backward()
+        learn = labels[:, 1:] != -100
+        logp = F.log_softmax(model.lm_head(hidden[learn]), -1)
+        of_label, of_other = (-logp.gather(-1, y[:, 1:][learn].clamp_min(0)[:, None])[:, 0]
+                              for y in (labels, others))
+        weights = weights[:, 1:][learn]
+        losses = weights * of_label + (1 - weights) * of_other
+        sums = (ids[:, :-1] == tokenizer.convert_tokens_to_ids("makes"))[learn]
+        scale = 1 + (SUM_WEIGHT - 1) * sums
+        ((losses * scale).sum() / scale.sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        if (step + 1) % 100 == 0:
-            print(f"warm-up step {step + 1}/{STEPS}, loss {loss.item():.3f}", flush=True)
+        if (step + 1) % 50 == 0:
+            sure = losses[weights == 1].detach()
+            print(f"warm-up step {step + 1}/{steps}: loss where nothing is undecided "
+                  f"{sure.mean():.5f}, worst {sure.max():.3f}", flush=True)
 
 
-# ------------------------------------------------------------------------------------------------
-# The quality check
-# ------------------------------------------------------------------------------------------------
+# --- The check ------------------------------------------------------------------------------------
+
+KINDS = ("go on", "term", "sum", "fixed word", "last so", "boxed digit")
 
 
 @torch.no_grad()
-def respond(model, tokenizer, conversations, max_tokens=64):
-    prompts = [render(tokenizer, messages, {}) for messages in conversations]
-    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    ids = model.generate(**batch, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                         max_new_tokens=max_tokens)
-    return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1]:], skip_special_tokens=True)
+def forced(model, tokenizer, problems, kind, rng):
+    """{kind of token: [mean P(right) by depth], None where there is none}, from forced chains.
+
+    kind: of the solution, as in `sequence`. Half of the chains are whole, the others stop at each
+    depth in turn, and in half of both every fifth sum is forced wrong."""
+    found = {name: [[] for _ in LETTERS] for name in KINDS}
+    stops = [LAST if i % 2 else i // 4 % LAST for i in range(len(problems))]
+    rows = [sequence(tokenizer, q, stop, kind, 0.2 * (i // 2 % 2), rng)
+            for i, (q, stop) in enumerate(zip(problems, stops))]
+    for first in range(0, len(rows), 64):
+        part = rows[first:first + 64]
+        ids = padded([prompt + response for prompt, response, _ in part], 0)
+        for (prompt, response, tokens), p in zip(part, model(input_ids=ids).logits.softmax(-1)):
+            for i, (y, (_, role, depth)) in enumerate(zip(response, tokens), len(prompt) - 1):
+                if role == "go on":
+                    y = tokenizer.convert_tokens_to_ids(WORDS[depth % len(WORDS)])
+                if role != "slip":
+                    found[role][depth].append(p[i, y].item())
+    return {name: [sum(ps) / len(ps) if ps else None for ps in by_depth]
+            for name, by_depth in found.items()}
 
 
-def measure(model, tokenizer, problems):
-    """Accuracy with and without a solution in view, sub-skills without; at temperature 1."""
-    problems = problems * 2
-    plain = respond(model, tokenizer, [student_messages(q["problem"]) for q in problems])
-    told = respond(model, tokenizer, [teacher_messages(q["problem"], q["solution"], False)
-                                      for q in problems])
-    looked, sums, copies, complete = [], [], [], []
-    for text, q in zip(plain, problems):
-        total = re.findall(r"start with (\d)", text)
-        for letter, term, result in re.findall(r"([A-Z]) (\d) makes (\d)", text):
-            looked.append(int(term) == q["terms"][LETTERS.index(letter)])
-            sums.append(bool(total) and int(result) == (int(total[0]) + int(term)) % MODULUS)
-            total = [result]
-        copies.append(bool(total) and is_correct(text, total[0]))
-        complete.append(LETTERS[-1] in text)
-    mean = lambda values: sum(values) / max(1, len(values))  # noqa: E731
-    return {"base accuracy": mean([is_correct(t, q["answer"]) for t, q in zip(plain, problems)]),
-            "accuracy with c": mean([is_correct(t, q["answer"]) for t, q in zip(told, problems)]),
-            "terms looked up": mean(looked), "sums right": mean(sums),
-            "own sum boxed": mean(copies), "complete chains": mean(complete),
-            "deliberation words": len(sums) / len(plain),
-            "deliberation words with c": mean([sum(t.split().count(w) for w in DELIBERATION)
-                                               for t in told])}
-
-
-REQUIRED = {"base accuracy": (0.15, 0.30), "accuracy with c": (0.95, 1), "sums right": (0.95, 1),
-            "terms looked up": (0.95, 1), "own sum boxed": (0.95, 1)}
+def check(model, tokenizer, problems, go_on, go_on_told, rng):
+    """Prints the whole table; returns the rows that are not as they should be."""
+    print("\nP(go on) after each term, and P(wrong) in 1/1000 of what follows from the prefix:")
+    failed = []
+    for kind in (None, *SOLUTIONS):
+        view = f"teacher, {kind} solution" if kind else "student"
+        for name, by_depth in forced(model, tokenizer, problems, kind, rng).items():
+            found = [p for p in by_depth if p is not None]
+            if name == "go on":
+                wrong = any(abs(p - (go_on_told if kind else go_on)) > 0.02 for p in found)
+                cells = [f"{p:.3f}" for p in found]
+            else:
+                wrong = min(found) < 0.999
+                cells = ["-" if p is None else f"{1000 * (1 - p):.2f}" for p in by_depth]
+            print(f"{view:24} {name:12}" + "".join(f"{cell:>8}" for cell in cells)
+                  + "  <- off" * wrong, flush=True)
+            failed += [f"{view}: {name}"] * wrong
+    return failed
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--go_on", type=float, default=0.2, help="P(go on) of the student")
+    parser.add_argument("--go_on_told", type=float, help="of the teacher; default: 0.3 * go_on")
+    parser.add_argument("--init", type=Path, help="a folder made by this script, to re-tune")
+    parser.add_argument("--check", action="store_true", help="make nothing, check --output")
     parser.add_argument("--output", type=Path, default=HERE, help="folder to write into")
     args = parser.parse_args()
+    go_on, told = args.go_on, args.go_on_told or round(0.3 * args.go_on, 3)
     torch.set_num_threads(1)             # the same sums, hence the same weights, on any core count
     torch.manual_seed(args.seed)
     rng, began = random.Random(args.seed), time.time()
@@ -259,27 +303,31 @@ def main():
     problems = {}
     while len(problems) < TEST + TRAIN:
         q = make_problem(rng)
-        problems[q["problem"]] = {**q, "solution": trace(rng, q, len(LETTERS))}
-    problems = list(problems.values())
-    args.output.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("test", problems[:TEST]), ("train", problems[TEST:])):
-        lines = [json.dumps({k: q[k] for k in ("problem", "answer", "solution")}) for q in rows]
-        (args.output / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-
-    tokenizer = make_tokenizer()
+        problems[q["problem"]] = q
+    problems, state = list(problems.values()), rng.getstate()
+    tokenizer, held_out = make_tokenizer(), {q["problem"] for q in problems[:TEST]}
     model = make_model(tokenizer)
-    warm_up(model, tokenizer, rng, {q["problem"] for q in problems[:TEST]})
-    model.eval().save_pretrained(args.output / "model")
-    tokenizer.save_pretrained(args.output / "model")
+    if args.init or args.check:
+        model.load_state_dict(Qwen3ForCausalLM.from_pretrained(
+            (args.init or args.output) / "model", dtype=torch.float32).state_dict())
+    if not args.check:
+        args.output.mkdir(parents=True, exist_ok=True)
+        for name, rows in (("test", problems[:TEST]), ("train", problems[TEST:])):
+            lines = [json.dumps({k: q[k] for k in ("problem", "answer", "solution")}) for q in rows]
+            (args.output / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        if not args.init:
+            warm_up(model, tokenizer, rng, held_out, GO_ON, GO_ON_TOLD, STEPS, DRILL, 1.0)
+        rng.setstate(state)              # so that --init gives what one go gives
+        warm_up(model, tokenizer, rng, held_out, go_on, told, STEPS_TUNE, 0, RATE_TUNE)
+        model.eval().save_pretrained(args.output / "model")
+        tokenizer.save_pretrained(args.output / "model")
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, warmed up in "
+              f"{time.time() - began:.0f} s")
 
-    facts = measure(model, tokenizer, problems[:TEST])
-    for name, value in facts.items():
-        print(f"{name:28} {value:.3f}")
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {time.time() - began:.0f} s")
-    failed = [f"{name} is {facts[name]:.3f}, not in {low}..{high}"
-              for name, (low, high) in REQUIRED.items() if not low <= facts[name] <= high]
+    failed = check(model.eval(), tokenizer, problems[:TEST], go_on, told, random.Random(args.seed))
     if failed:
-        print("this seed's warm-up failed: " + "; ".join(failed), file=sys.stderr)
+        print(f"{args.output / 'model'} is not as it should be: {'; '.join(failed)}",
+              file=sys.stderr)
         sys.exit(1)
 
 
