@@ -1,159 +1,523 @@
-"""The rows of the paper's tables on the toy: runs what toy/results/ does not hold yet.
+"""The lab: every arm on several seeds, and every table of LAB.md from toy/results.csv.
 
-    python toy/lab.py                                     # every arm on every seed
-    python toy/lab.py --arms grpo antisd --seeds 0 1      # some of them
-    python eval.py --curves toy/results/*/ --output toy/results/curves.svg     # table and picture
+    python toy/lab.py run grpo antisd --seeds 0 1 2 3 4     # what results.csv does not hold yet
+    python toy/lab.py ends                                  # a row an arm: learned when, ends where
+    python toy/lab.py seeds grpo antisd                     # a row a run
+    python toy/lab.py kinds antisd sd                       # u and mistakes by kind of token
+    python toy/lab.py gate                                  # when the gate moved
+    python toy/lab.py map                                   # steps to 90% against P(go on)
+    python toy/lab.py picture                               # the same as toy/map.svg
+    python toy/lab.py predict                               # what the model of one logit says
 
-A run is `python antisd.py @toy/demo.args --lam 0.5`, the arm's flags below and a seed. Of each,
-config.json, metrics.jsonl and tokens.json stay; the last one counts tokens by kind, with their u,
-in the two responses a step that samples.jsonl keeps. It prints that as a table, and when the gate
-moved.
+A run is `antisd.py @toy/demo.args`, the arm's flags and a seed, in a process of one thread, --jobs
+of them at a time; its folder is runs/lab/ARM_SEED. When it has ended, its lines are added to
+toy/results.csv, a line a step; an empty cell was not measured. Runs that results.csv holds to their
+last step are skipped, so an interrupted lab goes on where it stopped.
 """
+
 import argparse
+import csv
 import json
+import math
 import os
-import shutil
+import re
 import statistics
 import subprocess
 import sys
+import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 TOY = Path(__file__).resolve().parent
-RUNS = TOY.parent / "runs" / "lab"
-RESULTS = TOY / "results"
-DELIBERATION = ("wait", "hmm", "but", "maybe")
+ROOT, RUNS, RESULTS = TOY.parent, TOY.parent / "runs" / "lab", TOY / "results.csv"
+WORDS = ("wait", "hmm", "but", "maybe")
 
-ARMS = {                                        # "{run}": the folder of the same seed's GRPO run
-    "grpo": "--method grpo",
+# --- The arms -------------------------------------------------------------------------------------
+
+# Every arm: flags after @toy/demo.args. {runs}: runs/lab, {seed}: the seed. Runs that learn are at
+# the top by step 40, so STEPS is enough for all but those that wait for chance or for the gate.
+STEPS = 50
+ARMS = {
+    "grpo": "--method grpo --steps 100",
+    "antisd": "--steps 80",
     "sd": "--method sd",
     "sd_jsd": "--method sd_jsd",
-    "antisd": "--method antisd",
-    "lam_01": "--lam 0.1",
     "antisd_kl": "--method antisd_kl",
+    "no_teacher": "--method no_teacher",
     "no_gate": "--tau_down 0",
     "tau_90": "--tau_down 0.90",
     "tau_95": "--tau_down 0.95",
     "mul": "--compose mul",
     "student_gate": "--gate_source student",
-    "no_teacher": "--method no_teacher",
-    "continual": "--init_from {run}",
-    "grpo_on": "--method grpo --init_from {run}",          # what continual is to be compared with
+    "lam_01": "--lam 0.1",
+    "undecided": "",                    # with the fork below
+    # stopped before anything is learned; then both go on from there
+    "grpo_stopped": "--method grpo --steps 15 --save_every 15",
+    "grpo_on": "--method grpo --init_from {runs}/grpo_stopped_{seed} --steps 85",
+    "continual": "--init_from {runs}/grpo_stopped_{seed}",
+    # four training problems of ten have an answer that no sum is
+    "unsolvable_grpo": "--method grpo --dataset {runs}/unsolvable.jsonl",
+    "unsolvable": "--dataset {runs}/unsolvable.jsonl",
+    "unsolvable_no_gate": "--tau_down 0 --dataset {runs}/unsolvable.jsonl",
+    # three times as long
+    "long": "--steps 165",
+    "long_no_gate": "--tau_down 0 --steps 165",
+    # the gate's statistic is a mean over fewer or more tokens
+    "batch_8": "--problems_per_step 8",
+    "batch_8_no_gate": "--problems_per_step 8 --tau_down 0",
+    "batch_16": "--problems_per_step 16",
+    "batch_16_no_gate": "--problems_per_step 16 --tau_down 0",
 }
-SEEDS = (0, 1, 2, 3, 4)
+SHIPPED = 20                            # P(go on) of toy/model, in percent
+MAP = (15, 25, 30, 37)                  # and of the map's other bases
+for percent in MAP:
+    for method in ("grpo", "antisd"):
+        ARMS[f"{method}_{percent}"] = (f"--method {method} --model {{runs}}/base_{percent}/model"
+                                       + " --steps 100" * (method == "grpo"))
+
+# The fork that is "undecided": the one line of `train` where u is formed. A token on which the
+# student's entropy is below a tenth of a nat gets no AntiSD term.
+FORK = ("u[at] = t[at] - s ", "u[at] = (t[at] - s) * (H_S > 0.1) ")
 
 
-def kind(tokens, i):
-    """What a response's i-th token is for."""
-    word, before = tokens[i], tokens[i - 1] if i else ""
-    if word in DELIBERATION:
-        return "deliberation"
-    if word == "so":
-        return "stop"
-    if word.isdigit() and before == "makes":             # "start with 3 wait B 2 makes 0"
-        earlier, term = tokens[:max(0, i - 2)], tokens[i - 2]
-        sums = [int(digit) for opens, digit in zip(earlier, earlier[1:])
-                if opens in ("with", "makes") and digit.isdigit()]
-        right = sums and term.isdigit() and (sums[-1] + int(term)) % 5 == int(word)
-        return "right sum" if right else "wrong sum"
-    if word.isdigit():
-        return "boxed digit" if before == "\\boxed{" else "term"
-    return "other"
+# --- One run --------------------------------------------------------------------------------------
 
 
-def by_kind(samples):
-    """{kind: count and, but for grpo, mean u and share of u < 0}, deliberation words a response."""
-    values = {}
-    for row in samples:
-        for i, u in enumerate(row["u"]):
-            values.setdefault(kind(row["tokens"], i), []).append(u)
-    table = {name: {"count": len(us)} | ({} if us[0] is None else {
-        "u": round(statistics.fmean(us), 4),
-        "negative": round(statistics.fmean(u < 0 for u in us), 4)})
-        for name, us in sorted(values.items())}
-    words = sum(token in DELIBERATION for row in samples for token in row["tokens"])
-    return {"kinds": table, "deliberation words": round(words / max(1, len(samples)), 3)}
+def kinds_of(tokens, problem):
+    """What each token of a response is for, by the grammar of the traces: a list of names."""
+    terms, kinds, total, depth = dict(re.findall(r"([A-Z])(\d)", problem)), [], None, 0
+    letters, body = sorted(terms), True
+    expect = ["start", "A", "term"]
+    for i, token in enumerate(tokens):
+        want = expect.pop(0) if expect else "choice" if body else None
+        if want == "choice" and token == "so":
+            body, expect = False, ["the", "answer", "is", "\\boxed{", "box", "}", "<|im_end|>"]
+            kinds.append("so" if depth < len(letters) - 1 else "last so")
+        elif want == "choice" and token in WORDS and depth < len(letters) - 1:
+            depth += 1
+            kinds.append("go on")
+            expect = [letters[depth], "term", "makes", "sum"]
+        elif want == "term" and token.isdigit():
+            kinds.append("term" if token == terms[letters[depth]] else "misread term")
+            added = int(token)
+            total = added if total is None else total
+        elif want == "sum" and token.isdigit():
+            kinds.append("sum" if int(token) == (total + added) % 5 else "slip")
+            total = int(token)
+        elif want == "box" and token.isdigit():
+            kinds.append("box" if depth == len(letters) - 1 else "early box")
+        elif want == token:
+            kinds.append("fixed")
+        else:                                            # off the grammar: the rest is garbage
+            return kinds + ["garbage"] * (len(tokens) - i)
+    return kinds
 
 
-def rounded(row):
-    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+def count_kinds(tokenizer, rollouts, u):
+    """{"n/KIND": tokens of that kind, "u/KIND": their mean u} and the share of whole chains."""
+    found, whole = {}, 0
+    for i, r in enumerate(rollouts):
+        kinds = kinds_of(tokenizer.convert_ids_to_tokens(r.ids), r.problem["problem"])
+        whole += "last so" in kinds
+        for kind, value in zip(kinds, u[i].tolist()):
+            found.setdefault(kind, []).append(value)
+    return {"whole": whole / len(rollouts)} | {
+        f"{name}/{kind}": f(values) for kind, values in found.items()
+        for name, f in (("n", len), ("u", statistics.fmean))}
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def one(arm, seed, source):
+    """Runs one arm on one seed in this process, antisd.py's `summary` extended by the kinds."""
+    text = source.read_text()
+    if arm == "undecided":
+        assert text.count(FORK[0]) == 1, f"{source} forms u in another way: mend FORK"
+        text = text.replace(*FORK)
+    antisd = types.ModuleType("antisd")
+    antisd.__file__ = str(source)
+    sys.modules["antisd"] = antisd                       # dataclasses look their module up
+    exec(compile(text, str(source), "exec"), antisd.__dict__)
+    from transformers import AutoTokenizer
+    tokenizer, plain = AutoTokenizer.from_pretrained(TOY / "model"), antisd.summary
+
+    def summary(rollouts, sources, mask, a_seq, u, *rest):
+        return (plain(rollouts, sources, mask, a_seq, u, *rest)
+                | count_kinds(tokenizer, rollouts, u))
+
+    antisd.summary = summary
+    flags = ARMS[arm].format(runs=RUNS, seed=seed).split()
+    sys.argv = [str(source), f"@{TOY / 'demo.args'}", "--steps", str(STEPS), "--save_every", "0",
+                *flags, "--seed", str(seed), "--output", str(RUNS / f"{arm}_{seed}")]
+    antisd.main(antisd.train)
 
 
-def run(arm, seed):
-    """One run, condensed into toy/results/<arm>_<seed>; nothing where that is there."""
-    kept = RESULTS / f"{arm}_{seed}"
-    if (kept / "tokens.json").exists():
-        return
-    folder = RUNS / f"{arm}_{seed}"
-    shutil.rmtree(folder, ignore_errors=True)
-    flags = ARMS[arm].format(run=f"runs/lab/grpo_{seed}").split()
-    command = [sys.executable, "antisd.py", "@toy/demo.args", "--lam", "0.5", *flags,
-               "--seed", str(seed), "--sample_every", "1", "--output", f"runs/lab/{arm}_{seed}"]
-    ended = subprocess.run(command, cwd=TOY.parent, capture_output=True, text=True,
-                           env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if ended.returncode:
-        sys.exit(f"{' '.join(command)}\n{ended.stderr[-2000:]}")
-    kept.mkdir(parents=True, exist_ok=True)
-    shutil.copy(folder / "config.json", kept)
-    metrics, samples = lines(folder / "metrics.jsonl"), lines(folder / "samples.jsonl")
-    (kept / "metrics.jsonl").write_text("".join(json.dumps(rounded(r)) + "\n" for r in metrics))
-    steps = sorted({row["step"] for row in samples})
-    parts = {"first 10 steps": steps[:10], "last 10 steps": steps[-10:]}
-    (kept / "tokens.json").write_text(json.dumps(
-        {name: by_kind([r for r in samples if r["step"] in part]) for name, part in parts.items()},
-        indent=1) + "\n")
-    print(f"{kept} is done", flush=True)
+# --- results.csv ----------------------------------------------------------------------------------
+
+COLUMNS = {                                              # column -> (key in metrics.jsonl, digits)
+    "eval_accuracy": ("eval_accuracy", 4), "reward": ("reward", 3), "length": ("length", 2),
+    "truncated": ("truncated", 3), "zero_std_groups": ("zero_std_groups", 3),
+    "student_entropy": ("student_entropy", 4), "teacher_entropy": ("teacher_entropy", 5),
+    "gate": ("gate", 0), "lam": ("lam", 2), "whole": ("whole", 3),
+    "go_on": ("n/go on", 0), "early_so": ("n/so", 0), "sums": ("n/sum", 0), "slips": ("n/slip", 0),
+    "misread": ("n/misread term", 0), "garbage": ("n/garbage", 0), "u_go_on": ("u/go on", 3),
+    "u_early_so": ("u/so", 3), "u_sum": ("u/sum", 3), "u_slip": ("u/slip", 2),
+    "u_term": ("u/term", 3), "u_fixed": ("u/fixed", 3), "u_early_box": ("u/early box", 2),
+    "u_box": ("u/box", 3),
+}
 
 
-def show(arms):
-    """For each arm deliberation words a response, the share of sums that are wrong, u by kind of
-    token, and when the gate moved."""
-    print(f"{'arm':14}{'steps':16}{'words':>6}{'slips':>7}  mean u (share of u < 0) by kind")
-    for arm in arms:
-        files = sorted(RESULTS.glob(f"{arm}_[0-9]*/tokens.json"))
-        runs = [json.loads(file.read_text()) for file in files]
-        for part in ("first 10 steps", "last 10 steps") if runs else ():
-            words = statistics.fmean(r[part]["deliberation words"] for r in runs)
-            right, wrong = (sum(r[part]["kinds"].get(f"{name} sum", {"count": 0})["count"]
-                                for r in runs) for name in ("right", "wrong"))
-            cells = []
-            for name in ("deliberation", "stop", "term", "right sum", "wrong sum",
-                         "boxed digit"):
-                found = [r[part]["kinds"].get(name, {}) for r in runs]
-                found = [f for f in found if "u" in f]
-                n = sum(f["count"] for f in found)
-                if n:
-                    u, negative = (sum(f[k] * f["count"] for f in found) / n
-                                   for k in ("u", "negative"))
-                    cells.append(f"{name} {u:+.2f} ({negative:.0%})")
-            print(f"{arm:14}{part:16}{words:6.1f}{wrong / max(1, right + wrong):7.0%}  "
-                  + ", ".join(cells))
-    print("\nsteps at which the gate moved, by seed")
-    for arm in arms:
-        moves = []
-        for file in sorted(RESULTS.glob(f"{arm}_[0-9]*/metrics.jsonl")):
-            gates = [row["gate"] for row in lines(file) if "gate" in row]
-            moves.append(" ".join(str(i) for i in range(1, len(gates)) if gates[i] != gates[i - 1]))
-        if any(moves):
-            print(f"{arm:14}{'; '.join(move or 'never' for move in moves)}")
+def read():
+    """{(arm, seed): [row]}, numbers as floats, empty cells as None."""
+    runs = {}
+    if RESULTS.exists():
+        with open(RESULTS, newline="") as stream:
+            for row in csv.DictReader(stream):
+                runs.setdefault((row["arm"], int(row["seed"])), []).append(
+                    {k: float(v) if v else None for k, v in row.items() if k != "arm"})
+    return runs
+
+
+def condensed(arm, seed):
+    """The lines of results.csv of a finished run."""
+    metrics = RUNS / f"{arm}_{seed}" / "metrics.jsonl"
+    for row in map(json.loads, metrics.read_text().splitlines()):
+        cells = [arm, seed, row["step"]]
+        for key, digits in COLUMNS.values():
+            value = row.get(key)
+            if value is None and key.startswith("n/") and "reward" in row:
+                value = 0
+            if key.startswith("u/") and not row.get("u_mean"):
+                value = None                             # grpo has no teacher: its u is empty
+            cells.append("" if value is None else f"{value:.{digits}f}")
+        yield cells
+
+
+def prepare(arms, seeds):
+    """Bases and data that some arms need and that are made here."""
+    RUNS.mkdir(parents=True, exist_ok=True)
+    for percent in MAP:
+        if any(arm.endswith(f"_{percent}") and arm.split("_")[0] in ("grpo", "antisd")
+               for arm in arms) and not (RUNS / f"base_{percent}" / "model").exists():
+            subprocess.run([sys.executable, str(TOY / "make_toy.py"), "--go_on",
+                            str(percent / 100), "--init", str(TOY), "--output",
+                            str(RUNS / f"base_{percent}")], check=True)
+    rows = [json.loads(line) for line in (TOY / "train.jsonl").read_text().splitlines()]
+    for row in rows[:len(rows) * 4 // 10]:               # their order is random
+        row["answer"] = "5"
+        row["solution"] = ""
+    (RUNS / "unsolvable.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run(arms, seeds, jobs, source):
+    """Every arm on every seed that results.csv does not hold, in the order of the arms."""
+    held, lock = read(), threading.Lock()
+    prepare(arms, seeds)
+
+    def work(arm, seed):
+        command = [sys.executable, str(TOY / "lab.py"), "one", arm, "--seeds", str(seed),
+                   "--source", str(source)]
+        if (arm, seed) in held:
+            return
+        folder = RUNS / f"{arm}_{seed}"
+        subprocess.run(["rm", "-rf", str(folder)], check=True)
+        folder.mkdir()
+        with open(folder / "log.txt", "w") as log:
+            ended = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
+                                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+        if ended.returncode:
+            print(f"{arm} {seed} failed, see {folder / 'log.txt'}", flush=True)
+            return
+        with lock:
+            new = not RESULTS.exists()
+            with open(RESULTS, "a", newline="") as stream:
+                writer = csv.writer(stream, lineterminator="\n")
+                if new:
+                    writer.writerow(["arm", "seed", "step", *COLUMNS])
+                writer.writerows(condensed(arm, seed))
+        print(f"{arm} {seed} is done", flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda pair: work(*pair), [(arm, seed) for arm in arms for seed in seeds]))
+
+
+# --- The tables -----------------------------------------------------------------------------------
+
+
+def steps_to(rows, level):
+    """The first evaluation at which held-out accuracy reaches `level`, or None."""
+    return next((int(row["step"]) for row in rows
+                 if row["eval_accuracy"] is not None and row["eval_accuracy"] >= level), None)
+
+
+def mean(rows, column):
+    values = [row[column] for row in rows if row[column] is not None]
+    return statistics.fmean(values) if values else None
+
+
+def trained(rows):
+    """The rows of training steps: all but the last, which is an evaluation alone."""
+    return [row for row in rows if row["reward"] is not None]
+
+
+def slip_share(rows):
+    slips, sums = (sum(row[k] or 0 for row in rows) for k in ("slips", "sums"))
+    return slips / max(1, slips + sums)
+
+
+def facts(rows):
+    """One run's numbers. What was not reached counts as the run's length in `median` below."""
+    curve = [row["eval_accuracy"] for row in rows if row["eval_accuracy"] is not None]
+    steps = trained(rows)
+    return {"length of run": len(steps), "before": curve[0], "best": max(curve), "end": curve[-1],
+            "to50": steps_to(rows, 0.5), "to85": steps_to(rows, 0.85), "to90": steps_to(rows, 0.9),
+            "tokens": mean(steps[-5:], "length"), "slips": slip_share(steps),
+            "garbage": sum(row["garbage"] or 0 for row in steps[-10:]) / max(
+                1, sum(256 * row["length"] for row in steps[-10:])),
+            "H_S": mean(steps[-5:], "student_entropy"), "H_T": mean(steps[-5:], "teacher_entropy"),
+            "open": mean([r for r in steps if r["step"] >= 5], "lam"),
+            "shut at end": steps[-1]["gate"] == 0}
+
+
+def show(value, digits=2, factor=1):
+    return "-" if value is None else f"{factor * value:.{digits}f}"
+
+
+def median(runs, key):
+    """The median over seeds; a run that never gets there counts as its length, marked by >=."""
+    values = sorted((run[key] if run[key] is not None else run["length of run"], run[key] is None)
+                    for run in runs)
+    value, never = values[(len(values) - 1) // 2]
+    return f"{'>=' if never else ''}{value}"
+
+
+def paired(runs, others, key):
+    """Mean difference over the seeds that both arms have, and its standard error."""
+    both = sorted(set(runs) & set(others))
+    gaps = [100 * (runs[seed][key] - others[seed][key]) for seed in both]
+    if len(gaps) < 2:
+        return "-"
+    return f"{statistics.fmean(gaps):+.1f} +- {statistics.stdev(gaps) / len(gaps)**0.5:.1f}"
+
+
+def by_arm(arms):
+    """{arm: {seed: facts}} of the arms that results.csv holds, in the order of ARMS."""
+    found = {}
+    for (arm, seed), rows in sorted(read().items(), key=lambda item: item[0][1]):
+        found.setdefault(arm, {})[seed] = facts(rows)
+    return {arm: found[arm] for arm in ARMS if arm in found and (not arms or arm in arms)}
+
+
+def ends(arms):
+    """A row an arm: means over seeds, percent; "- grpo": at the end, paired by seed."""
+    print(f"{'arm':20}{'seeds':>6}{'steps':>6}{'before':>8}{'best':>7}{'end':>7}{'worst':>7}"
+          f"{'- grpo':>15}{'learn':>7}{'to 50':>7}{'to 85':>7}{'to 90':>7}{'tokens':>8}"
+          f"{'slips %':>9}{'H_S':>7}{'H_T':>7}{'open':>6}{'shut':>6}")
+    grpo = by_arm(["grpo"]).get("grpo", {})
+    for arm, runs in by_arm(arms).items():
+        each = list(runs.values())
+        of = lambda key: statistics.fmean(run[key] for run in each if run[key] is not None)  # noqa
+        gated = each[0]["open"] is not None and each[0]["H_T"] is not None
+        print(f"{arm:20}{len(each):6}{each[0]['length of run']:6}{100 * of('before'):8.1f}"
+              f"{100 * of('best'):7.1f}{100 * of('end'):7.1f}"
+              f"{100 * min(run['end'] for run in each):7.1f}{paired(runs, grpo, 'end'):>15}"
+              f"{sum(run['to85'] is not None for run in each):>4}/{len(each)}"
+              f"{median(each, 'to50'):>8}{median(each, 'to85'):>7}{median(each, 'to90'):>7}"
+              f"{of('tokens'):8.1f}{100 * of('slips'):9.2f}{of('H_S'):7.3f}"
+              f"{show(of('H_T') if gated else None, 3):>7}"
+              f"{show(2 * of('open') if gated else None):>6}"
+              f"{sum(run['shut at end'] for run in each) if gated else '-':>6}")
+
+
+def seeds(arms):
+    """A row a run: when it reached 50, 85 and 90% held-out, and its end."""
+    for arm, runs in by_arm(arms).items():
+        print(f"{arm:20}" + "   ".join(
+            f"{seed}: {'/'.join(show(run[k], 0) for k in ('to50', 'to85', 'to90'))} -> "
+            f"{100 * run['end']:.0f}" for seed, run in runs.items()))
+
+
+def kinds(arms):
+    """Every ten steps: P(go on), whole chains, mistakes in percent, and u by kind of token."""
+    columns = ("u_go_on", "u_early_so", "u_sum", "u_slip", "u_term", "u_fixed", "u_early_box",
+               "u_box")
+    print(f"{'arm':20}{'steps':>8}{'P(go on)':>10}{'whole %':>9}{'slips %':>9}{'misread':>9}"
+          f"{'garbage':>9}{'H_T':>8}" + "".join(f"{c[2:]:>11}" for c in columns))
+    every = read()
+    for arm in by_arm(arms):
+        rows = [row for (name, _), run in every.items() if name == arm for row in trained(run)]
+        for first in range(0, int(max(row["step"] for row in rows)) + 1, 10):
+            part = [row for row in rows if first <= row["step"] < first + 10]
+            total = {k: sum(row[k] or 0 for row in part)
+                     for k in ("go_on", "early_so", "misread", "garbage")}
+            print(f"{arm:20}{first:>4}-{first + 9:<3}"
+                  f"{total['go_on'] / max(1, total['go_on'] + total['early_so']):10.2f}"
+                  f"{100 * mean(part, 'whole'):9.1f}{100 * slip_share(part):9.2f}"
+                  f"{total['misread']:9.0f}{total['garbage']:9.0f}"
+                  f"{show(mean(part, 'teacher_entropy'), 3):>8}"
+                  + "".join(f"{show(mean(part, c)):>11}" for c in columns))
+
+
+def gate(arms):
+    """The steps at which the gate moved, by seed: -17 shut at step 17, +20 opened at step 20."""
+    for arm in by_arm(arms):
+        for (name, seed), run in read().items():
+            gates = [(row["step"], row["gate"]) for row in trained(run) if row["step"] >= 4]
+            if name != arm or gates[0][1] is None:
+                continue
+            gates[0] = (4, 1.0)                          # it starts open; the warm-up is no move
+            moves = [f"{'+' if now else '-'}{int(step)}"
+                     for (_, before), (step, now) in zip(gates, gates[1:]) if now != before]
+            print(f"{arm:20}{seed:3}  {' '.join(moves) or 'open throughout'}")
+
+
+# --- The prediction and the picture ---------------------------------------------------------------
+
+# What the prediction knows of the network: how far one of Adam's steps, all in one direction, moves
+# the logit of P(go on), and how much of that is of one depth alone. Set by the pilots on seeds 100
+# and 101 (LAB.md), before any run that is reported.
+STEP, OWN = 0.3, 0.5
+
+
+def simulate(go_on, method, steps, runs=60, lam=0.5, problems=32, group=8):
+    """Held-out accuracy (steps, runs) of a policy that is nothing but its 8 choices.
+
+    The logit of P(go on) at depth k is a + b_k, the teacher's the same less a constant (0.3 times
+    the probability at the start). 256 chains a step are drawn, graded (whole: right; else right by
+    luck, 1 in 5, the same for all of a group that stop there), A_seq and Eq. (6) computed, and a
+    and b_k moved by Adam. GRPO is then a random walk, whose drift at depth k is that of p^8; what
+    AntiSD adds, p(1 - p) lambda (phi(u_so) - phi(u_go)) at every depth reached, is steady."""
+    import numpy as np
+    depths, rng = 8, np.random.default_rng(0)
+    start = np.log(go_on / (1 - go_on))
+    shift = np.log(0.3 * go_on / (1 - 0.3 * go_on)) - start
+    weights, m, v = (np.zeros((runs, 1 + depths)) for _ in range(3))         # a, b_1 .. b_8
+    rates = STEP * np.array([1 - OWN] + [OWN] * depths)
+    gate, warm, curve, k = np.ones(runs), [], [], np.arange(depths)
+    phi = lambda u: 0.5 * (np.logaddexp(0, u) - np.log(2))  # noqa: E731
+    for step in range(steps):
+        logits = start + weights[:, :1] + weights[:, 1:]
+        p, q = 1 / (1 + np.exp(-logits)), 1 / (1 + np.exp(-logits - shift))  # (runs, depths)
+        whole = p.prod(1)
+        curve.append(whole + 0.2 * (1 - whole))
+        goes = rng.random((runs, problems, group, depths)) < p[:, None, None]
+        length = np.where(goes.all(-1), depths, (~goes).argmax(-1))          # (runs, B, G)
+        right = rng.random((runs, problems, depths + 1)) < 0.2
+        right[..., depths] = True
+        rewards = np.take_along_axis(right, length, 2).astype(float)
+        std = rewards.std(2, ddof=1, keepdims=True)
+        a_seq = ((rewards - rewards.mean(2, keepdims=True)) / (std + 1e-6))[..., None]
+        went, stopped = k < length[..., None], k == length[..., None]
+        tokens = (11 + 5 * length).sum((1, 2))
+        lam_now = np.zeros(runs)
+        if method == "antisd":
+            entropy = -(q * np.log(q) + (1 - q) * np.log(1 - q))
+            H = ((went | stopped) * entropy[:, None, None]).sum((1, 2, 3)) / tokens
+            if step < 5:
+                warm.append(H)
+            else:
+                h_warm = np.median(warm, 0)
+                gate = np.where(H >= h_warm, 1, np.where(H < 0.93 * h_warm, 0, gate))
+                lam_now = lam * gate
+        pay_go, pay_so = (-(lam_now[:, None] * phi(u))[:, None, None] for u in (
+            np.log(q / p), np.log((1 - q) / (1 - p))))
+        gradient = (went * (a_seq + pay_go) * (1 - p[:, None, None])
+                    - stopped * (a_seq + pay_so) * p[:, None, None]).sum((1, 2)) / tokens[:, None]
+        gradient = np.concatenate([gradient.sum(1, keepdims=True), gradient], 1)
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        scaled = (m / (1 - 0.9**(step + 1))) / (np.sqrt(v / (1 - 0.999**(step + 1))) + 1e-8)
+        weights += rates * min(1, (step + 1) / 20) * scaled                  # --warmup_lr_steps 20
+    return np.array(curve)
+
+
+def first_at(accuracy, level=0.9):
+    """(steps, runs) -> each run's first step at `level`, infinity where it never gets there."""
+    hit = accuracy >= level
+    return [float(column.argmax()) if column.any() else math.inf for column in hit.T]
+
+
+def quartiles(values):
+    values = sorted(values)
+    return [values[int(share * (len(values) - 1))] for share in (0.25, 0.5, 0.75)]
+
+
+def predict(_):
+    """The model of one logit: of 60 runs each, the steps to 90% and how many get there in 100."""
+    print(f"{'P(go on)':>8}  {'GRPO: quartiles, learn':>32}  {'AntiSD: quartiles, learn':>32}")
+    for percent in sorted((*MAP, SHIPPED)):
+        cells = []
+        for method in ("grpo", "antisd"):
+            steps = first_at(simulate(percent / 100, method, 100))
+            q = " ".join(f"{x:4.0f}" for x in quartiles(steps))
+            cells.append(f"{q}  {statistics.fmean(math.isfinite(x) for x in steps):4.0%}")
+        print(f"{percent / 100:8.2f}  {cells[0]:>32}  {cells[1]:>32}")
+
+
+def map_points():
+    """{method: [(P(go on), [each run's steps to 90%, None for never])]}, the shipped base's too."""
+    points = {"grpo": [], "antisd": []}
+    for arm, runs in by_arm([]).items():
+        method, _, percent = arm.partition("_")
+        if method in points and (percent.isdigit() or not percent):
+            points[method].append((int(percent or SHIPPED) / 100,
+                                   [run["to90"] for run in runs.values()]))
+    return {method: sorted(found) for method, found in points.items()}
+
+
+def map_table(_):
+    """Steps to 90% held-out by P(go on), a number a seed, "-" for never."""
+    for method, found in map_points().items():
+        for p, steps in found:
+            print(f"{method:8}{p:.2f}   " + "  ".join(show(s, 0) for s in steps))
+
+
+def picture(_):
+    """toy/map.svg: a dot a run, above the line those that never learned; behind, the prediction."""
+    import matplotlib
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "antisd"       # the same picture gives the same file
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(figsize=(7.2, 4.2), facecolor="white")
+    never, grid = 112, [percent / 100 for percent in range(min(MAP), max(MAP) + 1, 2)]
+    for method, colour, name, shift in (("grpo", "#c2410c", "GRPO", 0.003),
+                                        ("antisd", "#1d4ed8", "AntiSD", -0.003)):
+        bands = [quartiles(first_at(simulate(p, method, 100))) for p in grid]
+        low, middle, high = ([min(x, never) for x in line] for line in zip(*bands))
+        axes.fill_between(grid, low, high, color=colour, alpha=0.13, lw=0)
+        axes.plot(grid, middle, color=colour, lw=1.5, ls="--", label=f"{name}, predicted")
+        for p, steps in map_points()[method]:
+            for i, step in enumerate(steps):
+                axes.plot(p + shift + 0.0012 * (i - 1), never if step is None else step, "o",
+                          ms=5, mfc="white" if step is None else colour, mec=colour, lw=0,
+                          label=f"{name}, a run" if (p, i) == (map_points()[method][0][0], 0)
+                          else None)
+    axes.axhline(104, color="#666666", lw=0.8)
+    axes.set_yticks([0, 20, 40, 60, 80, 100, never], ["0", "20", "40", "60", "80", "100", "never"])
+    axes.set(xlabel="the base's P(go on) at each of 8 decisions", ylim=(0, 118),
+             ylabel="steps to 90% held-out accuracy")
+    axes.legend(frameon=False, loc="upper right", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(TOY / "map.svg", metadata={"Date": None})
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    tables = {"ends": ends, "seeds": seeds, "kinds": kinds, "gate": gate, "map": map_table,
+              "predict": predict, "picture": picture}
+    parser.add_argument("command", choices=["run", "one", *tables])
+    parser.add_argument("arms", nargs="*", help=f"of: {', '.join(ARMS)}; default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--source", type=Path, default=ROOT / "antisd.py", help="the trainer")
     args = parser.parse_args()
-    for arms in [[a for a in args.arms if "{run}" not in ARMS[a]],
-                 [a for a in args.arms if "{run}" in ARMS[a]]]:          # these need the others'
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(run, *zip(*[(arm, seed) for seed in args.seeds for arm in arms]))
-                 if arms else [])
-    show(args.arms)
+    unknown = set(args.arms) - set(ARMS)
+    if unknown:
+        parser.error(f"no such arm: {', '.join(sorted(unknown))}")
+    if args.command == "run":
+        run(args.arms or list(ARMS), args.seeds, args.jobs, args.source)
+    elif args.command == "one":
+        one(args.arms[0], args.seeds[0], args.source)
+    else:
+        tables[args.command](args.arms)
 
 
 if __name__ == "__main__":
