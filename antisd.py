@@ -2,81 +2,73 @@
 
 The method is that of "Anti-Self-Distillation for Reasoning RL via Pointwise Mutual Information"
 (Shen et al., 2026, arXiv 2605.11609); equation and table numbers below are the paper's. A language
-model answers a problem, a verifier grades the answer, GRPO reinforces what beat its group. Beside
-that, the same network reads the problem once more together with a verified solution c (the
-self-teacher) and scores the student's own tokens. Self-distillation would pull the student towards
-that teacher; AntiSD pushes it away, by a bounded amount, and a gate stops it when the teacher
-collapses.
+model answers a problem, a verifier grades the answer, and GRPO reinforces what beat its group.
+Beside that, the same network reads the problem once more together with a verified solution c (it
+is then called the self-teacher) and scores the student's own tokens. Self-distillation would pull
+the student towards that teacher. AntiSD pushes it away, by a bounded amount, and a gate switches
+the push off when the teacher's entropy collapses.
 
     torchrun antisd.py @toy/demo.args                                    # a laptop, minutes
     torchrun --nproc-per-node 8 antisd.py --model Qwen/Qwen3-4B-Instruct-2507 \\
         --max_tokens 8192 --rollout_batch 16 --gradient_checkpointing --output runs/qwen3-4b
 
-Algorithm 1, line by line                                                in train():
-    1  y ~ pi_S(.|x), G responses per problem, R(x, y)                   sample, is_correct
-    2  s_t = log pi_S(y_t)                                               Policy.forward, in update
-    3  t_t = log pi_T(y_t), c in the prompt                              score on teacher_prompts
-    4  u_t = t_t - s_t, the pointwise mutual information, Eq. (4)        u, in update
+Algorithm 1, line by line, all of it in train():
+    1  y ~ pi_S(.|x), G responses per problem, R(x, y)                   roll_out
+    2  s_t = log pi_S(y_t)                                               update's forward pass
+    3  t_t = log pi_T(y_t), with c in the prompt                         score
+    4  u_t = t_t - s_t, the pointwise mutual information, Eq. (4)        advantages
     5  phi(u_t), the bounded shape, Eq. (6)                              METHODS, phi
-    6  H, the teacher's entropy over the batch                           global_mean, _median
+    6  H, the teacher's entropy over the batch                           global_mean
     7  g, the Schmitt trigger; lambda = g * lambda_max, Eq. (7)          EntropyGate
     8  A_t = A_seq - lambda * sg[phi(u_t)], Eq. (2), (6)                 token_advantages
-    9  one policy-gradient update                                        policy_loss
+    9  one policy-gradient update                                        update, policy_loss
 
-What is not here: no critic, no KL term, no reference model, no reward model, no inference engine.
+Read sections 1 to 4 and 10; sections 5 to 9 are what any trainer needs around them. Left out on
+purpose: critic, KL term, reference model, reward model, inference engine, tensor parallelism.
 Shapes: B problems x G responses = N rows, T response tokens, L tokens with the prompt, V words,
-D hidden. Logs are natural, so log-probabilities, u and entropies are in nats. Where the paper is
-silent the line says `our choice`; the README lists every one.
+D hidden. Logarithms are natural, so log-probabilities, u and entropies are in nats. Where the paper
+is silent the line says `our choice`; the README lists every one.
 """
-import argparse
+import ctypes
 import dataclasses
 import datetime
-import functools
 import hashlib
-import importlib
 import importlib.util
+import inspect
 import json
 import math
-import operator
 import os
 import random
 import re
-import resource
 import shlex
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
-import unicodedata
-from contextlib import contextmanager, nullcontext
-from copy import deepcopy
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-
-# before torch is loaded: how long idle OpenMP threads spin. At GNU's default of 300,000 two runs on
-# two cores took 59 s a step instead of 2; without spinning one run alone decodes 30% slower
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+from typing import Literal
 
 import datasets
-import mpmath
-import numpy
-import safetensors
+import filelock
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
+from latex2sympy2_extended import NormalizationConfig
+from math_verify import LatexExtractionConfig, parse, verify
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
                                     register_fsdp_forward_method)
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer,
-                          ContinuousBatchingConfig, DynamicCache, GenerationConfig)
-from transformers.cache_utils import DynamicLayer
-
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig,
+                          DynamicCache, GenerationConfig, HfArgumentParser)
 
 # --- 1. The method: pure tensor functions ---------------------------------------------------------
 
@@ -84,7 +76,7 @@ from transformers.cache_utils import DynamicLayer
 def group_advantages(rewards, group_size):
     """GRPO's sequence advantage A_seq = (R - mean R) / std R within each group.
 
-    rewards (N,), groups are consecutive runs of `group_size`; returns (N,).
+    rewards (N,), where each group is `group_size` consecutive entries; returns (N,).
     """
     groups = rewards.view(-1, group_size)                                            # (B, G)
     centred = groups - groups.mean(1, keepdim=True)
@@ -97,15 +89,15 @@ def group_advantages(rewards, group_size):
 def phi(u):
     """The f-divergence derivative of the JSD at pi_S / pi_T = exp(-u), Eq. (6); any shape.
 
-    Rises from -log(2)/2 (u << 0, deliberation) through phi(0) = 0 with slope 1/4, then as u/2
-    (u >> 0, shortcuts). softplus and not log(1 + exp(u)): that one overflows.
+    Rises from -log(2)/2 (u << 0, deliberation) through phi(0) = 0 with slope 1/4, and then as u/2
+    (u >> 0, shortcuts). softplus and not log(1 + exp(u)), because that one overflows.
     """
     return 0.5 * (F.softplus(u) - math.log(2))
 
 
 # The arms: the per-token term delta in A_t = A_seq + lambda * delta(u), u = log pi_T - log pi_S.
-# Add a signal of your own here, and to GATED if the gate should rule it; every delta(0) is 0, so
-# u = 0 takes a token out. With v drawn from pi_S and the teacher held fixed,
+# To try a signal of your own, add it here, and to GATED if the gate should rule it. With v drawn
+# from pi_S and the teacher held fixed,
 #     grad JSD(pi_S || pi_T) = E[-phi(u_v) grad log pi_S(v)]     so delta = -phi ascends the JSD,
 #     grad  KL(pi_S || pi_T) = E[  -u_v    grad log pi_S(v)]     so delta = +u descends the KL.
 METHODS = {
@@ -113,8 +105,8 @@ METHODS = {
     "sd": lambda u: u,                  # self-distillation, Eq. (3)
     "sd_jsd": phi,                      # our choice: also as the paper's table probably ran it
     "antisd": lambda u: -phi(u),        # Eq. (6)
-    "antisd_kl": lambda u: -u,          # ablation: ascend the reverse KL, unbounded
-    "no_teacher": lambda u: -phi(u),    # ablation: the trainer passes u = -s (log pi_T := 0)
+    "antisd_kl": lambda u: -u,          # ablation: ascends the reverse KL, unbounded
+    "no_teacher": lambda u: -phi(u),    # ablation: train() sets log pi_T := 0, so that u = -s
 }
 
 GATED = ("antisd", "antisd_kl", "no_teacher")    # our choice: warm-up and gate are AntiSD's alone
@@ -123,8 +115,9 @@ GATED = ("antisd", "antisd_kl", "no_teacher")    # our choice: warm-up and gate 
 def token_advantages(seq_advantages, u, lam, method="antisd", compose="add"):
     """Every token's advantage, Eq. (2): A_t = A_seq + lambda * sg[delta(u_t)].
 
-    seq_advantages (N,), u (N, T) in nats, lam >= 0; returns (N, T) without gradient.
-    compose="mul" is Table 3's A_seq * (1 + lambda * delta), which is silent where A_seq = 0.
+    seq_advantages (N,), u (N, T) in nats, lam >= 0; returns (N, T) without gradient. With lam = 0
+    this is GRPO. compose="mul" is Table 3's A_seq * (1 + lambda * delta), which vanishes where a
+    group is all right or all wrong; the additive form still acts there.
     """
     delta = METHODS[method](u.detach())
     a_seq = seq_advantages.detach()[:, None]
@@ -146,6 +139,8 @@ class EntropyGate:
 
     def update(self, entropy):
         """Takes this step's H (a float), returns this step's g: 0.0 or 1.0."""
+        if not math.isfinite(entropy):                   # a broken batch calibrates nothing
+            return 0.0
         if len(self.history) < self.warmup_steps:
             self.history.append(float(entropy))
             if len(self.history) == self.warmup_steps:
@@ -195,7 +190,7 @@ def teacher_messages(problem, solution, correct):
     verdict on the student's own response. No solution means no c: the student's messages."""
     messages = student_messages(problem)
     if solution:
-        # plain concatenation: solutions are full of braces, backslashes and percent signs
+        # plain concatenation, because solutions are full of braces, backslashes and percent signs
         messages[0]["content"] += (
             "\n\nYour previous attempt:\n" + solution
             + "\n\nPrevious assessment: Your answer is " + ("correct." if correct else "incorrect.")
@@ -213,231 +208,92 @@ def render(tokenizer, messages, template_kwargs):
 def pick_solutions(group, rng):
     """The verified solution that each response of one group is shown: [(text, source), ...].
 
-    A correct sibling serves the whole group (rows that share a prompt can share its work), and that
-    one gets another correct one: never itself, the teacher would only copy. Without one: the data
-    set's worked solution, else its bare answer. rng: a random.Random; group: a list of Rollout.
+    A correct sibling, the same one for the whole group; that one is shown another correct one and
+    never itself, which the teacher would only copy. Without one it is the data set's worked
+    solution, else its bare answer. group: a list of Rollout; rng: a random.Random.
     """
-    correct = [i for i, rollout in enumerate(group) if rollout.reward == 1.0]
+    correct = [i for i, r in enumerate(group) if r.reward == 1.0]
     rng.shuffle(correct)                                 # our choice: seeded random, not the first
     picks = []
-    for i in range(len(group)):
-        sibling = next((j for j in correct if j != i), None)     # our choice: never itself
-        problem = group[i].problem
-        if sibling is not None:                          # of a thinking model: what follows it
-            picks.append((group[sibling].text.rpartition("</think>")[2].strip(), "sibling"))
-        elif problem["solution"]:
-            picks.append((problem["solution"].rpartition("</think>")[2].strip(), "solution"))
+    for i, r in enumerate(group):
+        siblings = [j for j in correct if j != i]        # our choice: never itself
+        worked = final_part(r.problem["solution"] or "")
+        if siblings:
+            picks.append((final_part(group[siblings[0]].text), "sibling"))
+        elif worked:
+            picks.append((worked, "solution"))
         else:
-            picks.append(("The answer is \\boxed{" + problem["answer"] + "}.", "answer"))
+            picks.append(("The answer is \\boxed{" + r.problem["answer"] + "}.", "answer"))
     return picks
 
 
-def teacher_prompt(tokenizer, problem, solution, correct, template_kwargs, longest):
-    """The teacher's prompt ids, at most `longest`: a solution that is too long loses its head (the
-    tail has the answer); problem, headings and generation prompt are never cut."""
-    prompt = render(tokenizer, teacher_messages(problem, solution, correct), template_kwargs)
-    if len(prompt) > longest:
-        ids, cut = tokenizer.encode(solution, add_special_tokens=False), 0
-        while len(prompt) > longest and cut < len(ids):  # decoded text may not re-encode in place
-            cut += len(prompt) - longest
-            messages = teacher_messages(problem, "..." + tokenizer.decode(ids[cut:]), correct)
-            prompt = render(tokenizer, messages, template_kwargs)
-    return prompt
+def teacher_prompts(tokenizer, rollouts, group_size, template_kwargs, longest, seed, position=0):
+    """pi_T's prompt for each rollout, and where its solution came from: two lists of N.
 
-
-def teacher_prompts(tokenizer, rollouts, cfg, longest, position):
-    """pi_T's prompt for each rollout, and where its solution came from; position: of the first
-    group's problem in the data order, which seeds the choice whatever the number of ranks."""
+    A solution that makes a prompt longer than `longest` tokens loses its head (the answer is in the
+    tail); nothing else is ever cut. position: of the first problem in the data order, which seeds
+    the choice of siblings, so that it is the same for any number of ranks.
+    """
     prompts, sources = [], []
-    for first in range(0, len(rollouts), cfg.group_size):
-        group = rollouts[first:first + cfg.group_size]
-        rng = random.Random(hash((cfg.seed, position + first // cfg.group_size)))
+    for first in range(0, len(rollouts), group_size):
+        group = rollouts[first:first + group_size]
+        rng = random.Random(hash((seed, position + first // group_size)))
         for r, (solution, source) in zip(group, pick_solutions(group, rng)):
-            prompts.append(teacher_prompt(tokenizer, r.problem["problem"], solution,
-                                          r.reward == 1.0, cfg.template_kwargs, longest))
+            ids, cut, shown = tokenizer.encode(solution, add_special_tokens=False), 0, solution
+            while True:
+                messages = teacher_messages(r.problem["problem"], shown, r.reward == 1.0)
+                prompt = render(tokenizer, messages, template_kwargs)
+                if len(prompt) <= longest or cut >= len(ids):
+                    break
+                cut += len(prompt) - longest             # again, as text may encode to more ids
+                shown = "..." + tokenizer.decode(ids[cut:])
+            prompts.append(prompt)
             sources.append(source)
     return prompts, sources
 
 
 # --- 3. The verifiable reward ---------------------------------------------------------------------
-# `extract_boxed` and, at the end of the section, `is_correct`; what stands between (safe to skip)
-# rewrites spellings by rules, computes expressions to 100 digits, symbols at random points, and
-# compares values. Everything is bounded by construction: no library call that could hang a step.
+
+PARSERS = [LatexExtractionConfig(boxed_match_priority=-1)]
+TIDY = [(r"\\(?:left|right|displaystyle|[,;:!> ])|\\?\$|~", " "), (r"\^\{?(?:\\circ|°)\}?|°", ""),
+        (r"(?<=\d)(?:\{,\}|,)(?=\d{3}(?!\d))", ""),      # 3,159 but not (3,159): see is_correct
+        (r"(?<=\d)\s*\\(?:text|mathrm|mbox)\{[^{}]*\}.*$", ""), (r"\\?%$", ""), (r"[−–]", "-")]
+HUGE = re.compile(r"\^\s*\{?[^{}]*\^|\^\{?\s*-?\d{4}|\d{60}|\d{4,}\s*!|!\s*!")   # would hang sympy
+
+
+def final_part(text):
+    """What follows the last thought; "" where a thought is still open."""
+    tail = text.rpartition("</think>")[2]
+    return "" if "<think>" in tail else tail.strip()
 
 
 def extract_boxed(text):
-    r"""What the last complete outermost \boxed{...} or \fbox{...} after </think> holds, or None."""
-    text = text.rpartition("</think>")[2].partition("<think>")[0]
-    opened, box = [], None  # opened: for each open brace where its box's content starts, or None
-    token = r"\\(?:boxed|fbox)(?:\s*(\{)|\s+([^\s${}\\]+))|(?<!\\)\\[{}]|([{}])"
-    for m in re.finditer(token, text):  # one pass, as a hostile text may open 20,000 boxes
-        if m[2]:
-            box = m[2]
-        elif m[1] or m[3] == "{":
+    r"""What the last complete \boxed{...} or \fbox{...} after </think> holds, or None."""
+    text = final_part(text)
+    opened, box = [], None               # for each open brace: where its box starts, or None
+    for m in re.finditer(r"\\(?:boxed|fbox)\s*(\{)|(?<!\\)\\[{}]|([{}])", text):
+        if m[1] or m[2] == "{":
             opened.append(m.end() if m[1] else None)
-        elif m[3] and opened and (start := opened.pop()):
-            box = text[start:m.start()]  # an outer box closes last
+        elif m[2] == "}" and opened and (start := opened.pop()):
+            box = text[start:m.start()]                  # an outer box closes last
     return box
 
 
-FUNCTION = r"\\(?:(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|ln|log|exp|sqrt|factorial)(?![A-Za-z])"
-SYMBOL = r"(?:\\[A-Za-z]+|[A-Za-z]|\d+(?=_))(?:_\{[^{}]*\}|'|\([t0]\))*"  # x_{0}', I(0), 52_8
-NUMBER = r"(?<=frac)\d|(?<=frac\d)\d|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?(?!\.?\d)"  # \frac12
-# Words after a number are units, and mean nothing, but for those that change the value.
-NO_UNIT = r"(?!\W*(?:\w*(?:illion|sand|dred|zen)|not?|is|if|than|[eidxyzn])\b)"
-WORD = (rf"[\s/]*{NO_UNIT}(?:(?<!\d)[A-Za-z]{{3,14}}|[kcmn]?[mgs]|[hWJNVKC]|eV)(?![A-Za-z])"
-        r"(?:\^\{?\d\}?)?")
-TEXT = rf"\\text\{{{NO_UNIT}(?:[^{{}}\d,?]|\\,|\^\{{?-?\d\}}?){{0,30}}\}}(?:\^\{{?-?\d\}}?)?"
-REWRITE = (  # (pattern, replacement), in this order
-    # Layout, fonts (all become \text{}), currency, degrees and braces of sets have no value.
-    ("[⁻⁰¹²³⁴-⁹]+", lambda m: "^{" + unicodedata.normalize("NFKC", m[0]) + "}"),
-    (r"\s*([][{}()^_])\s*|(?<=frac)\s+", r"\1"), (r"\\cdot|\\times|[×·]", "*"), ("[−–]", "-"),
-    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|f?box(?:ed)?)(?![A-Za-z])|\\?\$|\\[{}]", ""),
-    (r"\\(?:text|math|mbox|operatorname)(?!bb|cal)[a-z]*\{", r"\\text{"), ("√", r"\\sqrt "),
-    (r"\^\{?(?:\\circ|°)\}?|\\degree|°|^\*\*|\*\*$", ""), ("π", r"\\pi "), ("∞", r"\\infty "),
-    # 3,159 and 3{,}159 and 3\,159, but not (3,159), are numbers; "or" parts a list; then units.
-    (r"(?<=\d)(?:\{,\}|,?\s*\\!\s*|\\,|[~ ])(?=\d{3}(?!\d))", ""),
-    (r"(?<![\d,.([{])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", "")),
-    (r"[\s,]*(?:\\text\{,?(?:or|and)\}|\b(?:or|and)\b)", ","),
-    (rf"(?<=[\w)}}%.])(?:(?:[\s/~*]|\\[,; ])*{TEXT})+", ""), (r"\\text\{([^{}]*)\}", r" \1 "),
-    # Matrices are lists of rows; names of curves, as in MR=SRMC, are no products.
-    (r"[([]?\\begin\{(?:\w*matrix|array)\}(?:\{\w+\})?", "[["), ("&", ","),
-    (r"\\end\{(?:\w*matrix|array)\}[])]?", "]]"), (r"\\\\(?:\[\w+\])?", "],["),
-    (r"^([A-Z]{2,})\s*=\s*([A-Z]{2,})$", r"\\\1=\\\2"), (r"\\sim\b|≈", r"\\approx"),
-    # Other spellings: sqrt(2), x_0, 26!, 4.5x10^33, 1\frac12 (a sum); digits apart are a list.
-    (r"\\[,:;!> ]|\\[()[\]]|~|\\q?quad\b", " "), (r"\\%", "%"), (r"(\d+)!", r"\\factorial{\1}"),
-    (r"(?<![\\A-Za-z])(?:np\.)?((?:arc)?(?:sin|cos|tan)|ln|exp|sqrt|pi)(?![A-Za-z])", r"\\\1"),
-    (r"_(\w|\\[A-Za-z]+)", r"_{\1}"), (r"\((\d+)\)_", r"\1_"), (r"(?<=\d)\s*x\s*(?=10\^)", "*"),
-    (r"\\(sin|cos|tan)\^\{-1\}", r"\\arc\1"), (r"\\sqrt\[(\d)\](\{[^{}]*\})", r"\2^{1/\1}"),
-    (r"(\d) +(\d+)/(\d+)", r"\1\\frac{\2}{\3}"), (r"\\in\b", "="),
-    (r"(?<![\w^.])(\d+)\s*(\\[dt]?frac(?:\{\d+\}|\d){2})", r"(\1+\2)"), (r"(?<=\d)\s+(?=\d)", ","),
-    # x^{\prime}, \dot{x} and \frac{dx}{dt} are x'; the inequalities 1 < x \le 2 the interval (1,2].
-    (r"\^\{?\\prime\}?", "'"), (rf"\\d?frac\{{d\s*({SYMBOL})\}}\{{d\s*\w\}}", r"\1'"),
-    (rf"\\d?frac\{{d\^\{{?2\}}?\s*({SYMBOL})\}}\{{d\s*\w\^\{{?2\}}?\}}", r"\1''"),
-    (rf"\\(d?d)ot\s*\{{?({SYMBOL})\}}?", lambda m: m[2] + "'" * len(m[1])),
-    (r"('+)(_\{[^{}]*\})", r"\2\1"), (r"\\leq?\b", "≤"), (r"\\geq?\b", "≥"),
-    (r"(?<![^,])\\?[A-Za-z]+\s*([>≥])([^,]+)", lambda m: "(["[m[1] == "≥"] + m[2] + r",\infty)"),
-    (r"(?<![^,])(?:([^,<≤]+)([<≤]))?\s*\\?[A-Za-z]+\s*([<≤])([^,<≤]+)", lambda m:
-     "(["[m[2] == "≤"] + (m[1] or r"-\infty") + "," + m[4] + ")]"[m[3] == "≤"]),
-    (r"[\s.,:;]+$", ""))
-
-
-def _split(text, separator):
-    """The parts between separators that no bracket encloses; (a, b] is closed, too."""
-    def cut(m):
-        depth = [text.count(bracket, 0, m.start()) for bracket in "([{)]}"]
-        return m[0] if sum(depth[:3]) > sum(depth[3:]) else "\0"
-    return [part.strip() for part in re.sub(separator, cut, text).split("\0")]
-
-
-BINDS = dict(zip(")]}+-*/^", (0, 0, 0, 1, 1, 2, 2, 4)))  # and a product without a sign 3
-APPLY = dict(zip("+-*/^", (operator.add, operator.sub, operator.mul, operator.truediv, pow)))
-
-
-def _value(text, trial, mp):
-    """The value of an expression, its symbols drawn by name and trial; what grows is given up."""
-    tokens = [")", *re.findall(rf"{FUNCTION}|{SYMBOL}|{NUMBER}|\S", text)[::-1]]
-
-    def read(level=0):  # precedence climbing: an operand, and what binds tighter than level
-        token = tokens.pop()
-        name = re.sub(r"[\s{}\\]|\(t\)", "", token)
-        if token in "+-":
-            value = read(level or 1) * int(token + "1")
-        elif token in "([{":
-            value, _ = read(), tokens.pop()
-        elif name.endswith("frac"):
-            value = read(4) / read(4)
-        elif re.fullmatch(FUNCTION, token):
-            power = read(5) if tokens[-1] == "^" and tokens.pop() else 1  # \sin^2 x
-            argument = read(4 if tokens[-1] in "([{" or name == "sqrt" else 2)
-            value = getattr(mp, name.replace("arc", "a"))(argument) ** power
-        elif name.endswith("binom"):
-            value = mp.binomial(read(4), read(4))
-        elif token[0] == "\\" and tokens[-1] == "{":  # some command that is not known here
-            raise ValueError(token)
-        elif re.fullmatch(SYMBOL, token):
-            drawn = mp.mpf(random.Random(name + str(trial)).uniform(0.5, 1.5))
-            value = {"e": +mp.e, "i": mp.j, "pi": +mp.pi}.get(name, drawn)
-        else:
-            value = mp.mpf(token)
-        while (binds := BINDS.get(tokens[-1], 2 if re.match(FUNCTION, tokens[-1]) else 3)) > level:
-            sign = tokens.pop() if tokens[-1] in BINDS else "*"
-            binds += sign == "^" or sign == "/" and not tokens[-1][0].isalpha()  # t/RC is t/(RC)
-            value = APPLY[sign](value, read(binds))
-        if mp.mag(value) > (14 if level == 5 else 3000):  # bits; level 5 reads exponents
-            raise OverflowError
-        return value
-
-    value = read()
-    [_] = tokens  # or else a bracket too many has ended the expression
-    return value
-
-
-def _same(gold, box, mp):
-    """Whether two tidied answers are equal: as lists, equations, tuples, or at last values."""
-    # Lists, sets and unions: any order, but each element as often; a \pm b is two of them.
-    golds, boxes = ([part.replace(r"\pm", sign) for part in _split(text, r",|\\cup\b|∪")
-                     for sign in ("+-" if r"\pm" in part else "+")] for text in (gold, box))
-    if len(golds) + len(boxes) > 2:
-        return len(golds) == len(boxes) and all(sum(_same(each, g, mp) for g in golds) == sum(
-            _same(each, b, mp) for b in boxes) for each in golds)
-    left, right = _split(golds[0], "="), _split(boxes[0], "=")
-    gold, box, equations = left[-1], right[-1], len(left) > 1 < len(right) and left[0] != right[0]
-    if equations:  # are equal up to a factor
-        gold, box = (f"{side[0]}-({side[-1]})" for side in (left, right))
-    elif len(left) > 1 == len(right) and not re.fullmatch(SYMBOL, left[0]):
-        return False  # a right-hand side answers an assignment only
-    elif len(left) + len(right) > 2:
-        return _same(gold, box, mp)
-    rows = [_split(text[1:-1], ",") if text[0] in "([" else [text] for text in (gold, box)]
-    if len(rows[0]) + len(rows[1]) > 2:  # tuples, intervals, matrices: in order
-        return (gold[0] + gold[-1] == box[0] + box[-1] and len(rows[0]) == len(rows[1])
-                and all(_same(g, b, mp) for g, b in zip(*rows)))
-    decimal = re.search(r"\.\d|\de[+-]?\d", gold)
-    exact, *rounded = _split(box, r"\\approx")
-    box = rounded[-1] if rounded and (decimal or re.fullmatch(f"({SYMBOL})?", exact)) else exact
-    if not re.search(r"(?<![\\A-Za-z])[A-Za-z](?![+-]?\d)", gold):  # a word could be a symbol
-        box = re.sub(rf"(?<=[\d)}}.])(?:{WORD})+$", "", box)
-    if box.count("%") == 1 and box.endswith("%"):  # 50% answers 50 and 1/2
-        return _same(gold, box[:-1], mp) or _same(gold, f"({box[:-1]})/100", mp)
-    values = [(_value(gold, trial, mp), _value(box, trial, mp)) for trial in range(3)]
-    factor = values[0][0] / values[0][1] if equations else 1
-    close = mp.mpf("1e-4" if decimal else "1e-80")
-    return all(abs(g - b * factor) <= close * abs(g) + mp.mpf("1e-80") for g, b in values)
-
-
-_given_up = []
-
-
-def grader_timeouts():
-    """How many answers this process has given up so far because their numbers grew too large."""
-    return len(_given_up)
-
-
 def is_correct(response, answer):
-    """Whether the response's last box equals the reference answer; never raises on any response.
+    """Whether the response's last box equals the reference answer, by math-verify; never raises.
 
-    Equal means: integers, fractions, roots exactly, decimal references to 1e-4; in any spelling,
-    with or without units; lists in any order, tuples and interval ends strictly; no hedging.
+    We extract the box ourselves: math-verify joins several boxes and falls back on prose numbers.
     """
     box, answer = extract_boxed(response), answer.strip()
-    if not box or len(box) > max(400, 2 * len(answer)):  # nothing so long is an answer
+    if not box or len(box) > max(300, 2 * len(answer)) or HUGE.search(box):
         return False
-    if box.isdecimal() and answer.isdecimal():
+    if box.strip().isdecimal() and answer.isdecimal():   # all of DAPO-Math, AIME: no parser needed
         return int(box) == int(answer)
-    if answer.startswith(r"\text"):  # words
-        return len({re.sub(r"\\\w+|\W", "", words).casefold() for words in (box, answer)}) == 1
-    mp = mpmath.MPContext()  # not the global one, whose precision other threads may set
-    mp.dps = 100
-    try:
-        gold, box = (functools.reduce(lambda text, rule: re.sub(*rule, text.strip()), REWRITE, text)
-                     for text in (answer, box))
-        return gold == box or _same(gold, box, mp)
-    except (OverflowError, RecursionError):
-        _given_up.append(len(box))
-    except (ArithmeticError, LookupError, TypeError, ValueError):
-        pass  # what cannot be read is not equal
-    return False
+    for pattern, replacement in TIDY:
+        box, answer = (re.sub(pattern, replacement, text).strip() for text in (box, answer))
+    # its timeouts are alarms: only the main thread may set them
+    gold, guess = (parse(f"${text}$", PARSERS, parsing_timeout=2) for text in (answer, box))
+    return box == answer or verify(gold, guess, timeout_seconds=2)       # gold comes first
 
 
 # --- 4. The policy: rollouts and log-probabilities from one set of weights ------------------------
@@ -447,21 +303,9 @@ def is_correct(response, answer):
 class Rollout:
     problem: dict           # a row of load_problems, with the student's prompt ids as "prompt"
     ids: list               # the response's ids, up to and including its first end-of-sequence id
-    text: str               # ids decoded, without special tokens: graded, shown to the teacher
+    text: str               # ids decoded: what is graded and, if right, shown to the teacher
     truncated: bool         # ran into max_tokens
     reward: float           # R in {0, 1}
-    logp: list = ()         # log pi_S of each id, as it was drawn
-
-
-def pick(logits, targets, temperature=1.0):
-    """log pi(target) and the entropy of pi in nats: logits (m, V), targets (m,) -> (m,), (m,), in
-    float32; no gradient flows through the entropy. The only log_softmax here."""
-    # upcast first: a bf16 log-softmax errs by 0.01 nats, the size of a typical u
-    logps = F.log_softmax(logits.float() / temperature, dim=-1)                      # (m, V)
-    logp = logps.gather(-1, targets[:, None]).squeeze(-1)
-    with torch.no_grad():        # last, so that a checkpoint's second forward ends before it
-        entropy = -torch.linalg.vecdot(logps.exp(), logps.clamp_min(-1e9))       # 0 * -inf is nan
-    return logp, entropy
 
 
 def token_logprobs(hidden, lm_head, targets, temperature=1.0, chunk=1024):
@@ -469,16 +313,21 @@ def token_logprobs(hidden, lm_head, targets, temperature=1.0, chunk=1024):
 
     hidden (M, D), lm_head: a module (m, D) -> (m, V) logits, targets (M,) ids; returns ((M,), (M,))
     in nats, fp32; no gradient flows through the entropy. At most `chunk` rows of logits exist at a
-    time, fewer for big vocabularies (2^26 logits, 256 MiB in fp32), and backward recomputes them.
+    time, fewer for big vocabularies (2^26 logits, 256 MiB), and backward recomputes them: 32K
+    tokens x 152K words in fp32 would be 20 GB.
     """
-    vocabulary = lm_head.weight.shape[0] if hasattr(lm_head, "weight") else 1    # else: as told
-    rows = max(1, min(chunk, 2**26 // vocabulary))
-
     def piece(h, y):
-        return pick(lm_head(h), y, temperature)
+        # upcast first: a bf16 log-softmax errs by 0.01 nats, the size of a typical u
+        logps = F.log_softmax(lm_head(h).float() / temperature, dim=-1)              # (m, V)
+        logp = logps.gather(-1, y[:, None]).squeeze(-1)
+        with torch.no_grad():            # last, so that backward's second forward stops before it
+            entropy = -torch.linalg.vecdot(logps.exp(), logps.clamp_min(-1e9))   # 0 * -inf is nan
+        return logp, entropy
 
+    if hasattr(lm_head, "weight"):
+        chunk = max(1, min(chunk, 2**26 // lm_head.weight.shape[0]))
     parts = [checkpoint(piece, h, y, use_reentrant=False, preserve_rng_state=False)
-             for h, y in zip(hidden.split(rows), targets.split(rows))]
+             for h, y in zip(hidden.split(chunk), targets.split(chunk))]
     logp, entropy = zip(*parts)
     return torch.cat(logp), torch.cat(entropy)
 
@@ -486,32 +335,28 @@ def token_logprobs(hidden, lm_head, targets, temperature=1.0, chunk=1024):
 class Policy(nn.Module):
     """A Hugging Face causal language model; pi_S and pi_T are this one network on two prompts."""
 
-    def __init__(self, model):
+    def __init__(self, model, eos_ids):
         super().__init__()
-        self.model = model.eval()
+        self.model, self.eos_ids, self.source_dtype = model.eval(), sorted(eos_ids), model.dtype
         # student and teacher must be one function: no dropout, not even in the train mode that
-        # gradient checkpointing needs
+        # gradient checkpointing needs; models keep its rate in a module or in a number
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-            if hasattr(module, "attention_dropout"):
-                module.attention_dropout = 0.0
-        # the checkpoint's top_k, penalties and so on would change the law we sample from: they are
-        # kept for export and cleared for rollouts
-        self.checkpoint_generation_config = model.generation_config
+            for name, value in vars(module).items():
+                if "drop" in name and isinstance(value, float):
+                    setattr(module, name, 0.0)
+        # the checkpoint's top_k, penalties and so on would change the law that we sample from
         model.generation_config = GenerationConfig()
-        eos = self.checkpoint_generation_config.eos_token_id    # an id, a list of ids, or None
-        self.eos_ids = sorted(eos if isinstance(eos, list) else {eos} - {None})
 
-    def forward(self, ids, predicts, temperature=1.0, cache=None):
+    def forward(self, ids, predicts, temperature=1.0):
         """Log-probs and entropies of the response tokens of right-padded rows (see `pack`).
 
         ids (n, L); predicts (n, L-1) bool: token j+1 is a response token. Returns (n, T), (n, T)
         in nats, zeros past a response's end. Padding stands on the right, where causal attention
-        never looks, so no mask is needed; positions go on from what the cache holds (0 without).
+        never looks, so no attention mask is needed.
         """
-        hidden = self.model.base_model(input_ids=ids, past_key_values=cache,
-                                       use_cache=cache is not None)[0]               # (n, L, D)
+        hidden = self.model.base_model(input_ids=ids, use_cache=False)[0]            # (n, L, D)
         logp, entropy = token_logprobs(hidden[:, :-1][predicts], self.model.get_output_embeddings(),
                                        ids[:, 1:][predicts], temperature)            # (M,), (M,)
         lengths = predicts.sum(1)
@@ -538,159 +383,115 @@ def pack(prompts, responses, device):
     return ids, predicts
 
 
-class RoomyLayer(DynamicLayer):
-    """DynamicLayer copies a layer's whole cache for every token; this one for every 32nd, and
-    writes those between into the room that it has left."""
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        if not self.get_seq_length():                    # the prompt
-            return super().update(key_states, value_states)
-
-        def append(held, new):                           # (n, heads, L, d), (n, heads, 1, d)
-            whole, end = held._base, held.shape[2] + new.shape[2]
-            # selected or repeated rows are no view, or one of something of another shape
-            if whole is None or whole.shape[:2] != held.shape[:2] or whole.shape[2] < end:
-                whole = F.pad(held, (0, 0, 0, new.shape[2] + 31))
-            whole[:, :, held.shape[2]:end] = new
-            return whole[:, :, :end]
-
-        self.keys, self.values = append(self.keys, key_states), append(self.values, value_states)
-        return self.keys, self.values
-
-
-def roomy_cache(policy):
-    """A cache for rollouts; layers with a sliding window keep their own kind."""
-    cache = DynamicCache(config=policy.model.config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer
-                    for layer in cache.layers]
-    return cache
-
-
 @torch.no_grad()
 def sample(policy, prompts, group_size, max_tokens, temperature=1.0, top_p=1.0, rollout_batch=0,
            sharded=False, stride=32):
-    """Draws `group_size` responses to every prompt: y ~ pi_S(.|x), Algorithm 1 line 1.
+    """`group_size` responses to every prompt: y ~ pi_S(.|x), Algorithm 1 line 1.
 
-    prompts: lists of ids. Returns len(prompts) * group_size pairs (ids, log-probs), groups
-    consecutive: the ids up to and including the first end-of-sequence id, or `max_tokens` of them,
-    and log pi_S of each as it was drawn. temperature 0 is greedy; rollout_batch > 0 bounds the
-    responses that are decoded at once (to whole groups). sharded: the weights are split over the
-    ranks, so every rank decodes, if idly, until the last one has ended.
+    prompts: lists of ids. Returns len(prompts) * group_size lists of ids, groups consecutive, each
+    up to and including its first end-of-sequence id, or max_tokens long. temperature 0 is greedy;
+    rollout_batch > 0 bounds the responses decoded at once (to whole groups). sharded: the weights
+    stay split over the ranks, so that every rank decodes, if idly, until the last one has ended.
     """
     policy.eval()       # in train mode gradient checkpointing would drop the cache without a word
-    device = next(policy.parameters()).device
-    # every setting is explicit: what is left out falls back to defaults that truncate (top_k=50)
+    # every setting is explicit: what is left out falls back to defaults that truncate (top_k=50);
+    # invalid values (NaN) are left to the check in update
     settings = dict(do_sample=temperature > 0, top_k=0, eos_token_id=policy.eos_ids,
-                    pad_token_id=policy.eos_ids[0], synced_gpus=sharded,
-                    return_dict_in_generate=True, output_scores=True,
-                    remove_invalid_values=True)          # NaN reaches the check in update instead
+                    pad_token_id=policy.eos_ids[0], synced_gpus=sharded, remove_invalid_values=True)
     if temperature > 0:
         settings |= dict(temperature=temperature, top_p=top_p)
-    step = max(1, rollout_batch // group_size if rollout_batch else len(prompts))
-    parts, idle = [prompts[i:i + step] for i in range(0, len(prompts), step)], [[0, 0]]
-    ends, drawn = torch.tensor(policy.eos_ids, device=device), []
-    for part in as_many_everywhere(parts, idle) if sharded else parts:
-        width = max(map(len, part))                      # left-padded: the last column is real
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in part], device=device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=device)
-        cache = roomy_cache(policy)
-        # each prompt is read once for its whole group (the token drawn by this call is not used)
-        policy.generate(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache,
-                        max_new_tokens=1, **settings)
-        cache.batch_repeat_interleave(group_size)
-        ids, mask = ids.repeat_interleave(group_size, 0), mask.repeat_interleave(group_size, 0)
-        alive = torch.arange(0 if part is idle else len(ids), device=device) + len(drawn)
-        drawn += [([], []) for _ in alive]
-        for done in range(0, max_tokens, stride):
-            out = policy.generate(input_ids=ids, attention_mask=mask, past_key_values=cache,
-                                  max_new_tokens=min(stride, max_tokens - done), **settings)
-            new = out.sequences[:, ids.shape[1]:]                                  # (n, <= stride)
-            logp = torch.stack([pick(scores, y)[0] for scores, y in zip(out.scores, new.T)], 1)
-            ended = torch.isin(new, ends)
-            stops = torch.where(ended.any(1), ended.int().argmax(1) + 1, new.shape[1])
-            for i, row, logps, stop in zip(alive.tolist(), new.tolist(), logp.tolist(),
-                                           stops.tolist()):
-                drawn[i][0].extend(row[:stop])           # the end token is an action too: it stays
-                drawn[i][1].extend(logps[:stop])
-            going = (~ended.any(1)).nonzero().squeeze(1)[:len(alive)]    # an idle row is not alive
-            if not any(gather(len(going)) if sharded else [len(going)]):
-                break
-            if not len(going):                           # others go on: one idle row, never kept
-                cache, alive = roomy_cache(policy), alive[:0]
-                ids, mask = ids.new_zeros(1, 1), mask.new_ones(1, 1)
-                continue
-            if len(going) < len(alive):                  # rows that have ended leave the batch
-                cache.batch_select_indices(going)
-            ids, alive = out.sequences[going], alive[going]
-            mask = torch.cat([mask[going], mask.new_ones(len(going), new.shape[1])], 1)
-    return drawn
+    size = max(1, rollout_batch // group_size if rollout_batch else len(prompts))
+    parts, responses = [prompts[i:i + size] for i in range(0, len(prompts), size)], []
+    for part in as_many_everywhere(parts) if sharded else parts:
+        drawn = decode(policy, part or [[0, 0]], group_size, max_tokens,
+                       max_tokens if sharded else stride, settings)
+        responses += drawn if part else []               # an idle rank's are nobody's
+    return responses
+
+
+def decode(policy, prompts, group_size, max_tokens, stride, settings):
+    """The part of `sample` that is one batch. Every `stride` tokens ended rows leave it."""
+    device, width = next(policy.parameters()).device, max(map(len, prompts))
+    ends = torch.tensor(policy.eos_ids, device=device)
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    cache = DynamicCache(config=policy.model.config)     # knows windows and linear attention
+    # each prompt is read once for its whole group; the token that this call draws is not used
+    policy.generate(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache,
+                    max_new_tokens=1, **settings)
+    rows = torch.arange(len(prompts), device=device).repeat_interleave(group_size)
+    ids, mask, responses = ids[rows], mask[rows], [[] for _ in rows]
+    alive = list(responses)
+    for done in range(0, max_tokens, stride):
+        cache.reorder_cache(rows)        # the one choice of rows that every kind of layer offers
+        whole = policy.generate(input_ids=ids, attention_mask=mask, past_key_values=cache,
+                                max_new_tokens=min(stride, max_tokens - done), **settings)
+        new = whole[:, ids.shape[1]:]                                              # (n, <= stride)
+        ended = torch.isin(new, ends)
+        stops = torch.where(ended.any(1), ended.int().argmax(1) + 1, new.shape[1])
+        for response, tokens, stop in zip(alive, new.tolist(), stops.tolist()):
+            response += tokens[:stop]                    # the end token is an action too: it stays
+        rows = (~ended.any(1)).nonzero().squeeze(1)
+        if not len(rows):
+            break
+        ids, alive = whole[rows], [alive[i] for i in rows.tolist()]
+        mask = torch.cat([mask[rows], mask.new_ones(len(rows), new.shape[1])], 1)
+    return responses
 
 
 def sample_paged(policy, prompts, group_size, max_tokens, temperature=1.0, top_p=1.0,
                  rollout_batch=0):
     """`sample` by transformers' continuous batching: waiting responses take the place of ended ones
     and the cache is paged. Meant for CUDA, where it was not measured; on the CPU it is slower."""
-    settings = GenerationConfig(
-        do_sample=temperature > 0, max_new_tokens=max_tokens, eos_token_id=policy.eos_ids,
-        pad_token_id=policy.eos_ids[0],
-        **(dict(temperature=temperature, top_p=top_p, top_k=0) if temperature > 0 else {}))
-    page = 256                                           # tokens; the cache is as big as they need
-    pages = rollout_batch * math.ceil((max(map(len, prompts), default=0) + max_tokens) / page)
-    batching = ContinuousBatchingConfig(
-        page_size=page, num_blocks=pages or None, return_logprobs=True,
+    law = dict(temperature=temperature, top_p=top_p, top_k=0) if temperature > 0 else {}
+    settings = GenerationConfig(do_sample=temperature > 0, max_new_tokens=max_tokens, **law,
+                                eos_token_id=policy.eos_ids, pad_token_id=policy.eos_ids[0])
+    rows = [prompt for prompt in prompts for _ in range(group_size)]     # they share their pages
+    page, longest = 256, max(map(len, prompts), default=0) + max_tokens  # tokens
+    batching = ContinuousBatchingConfig(                 # left to itself, it takes all memory
+        page_size=page, num_blocks=max(1, (rollout_batch or len(rows)) * -(-longest // page)),
         seed=int(torch.randint(2**31, ())))              # from the generator that train has seeded
-    policy.eval()
-    rows = [prompt for prompt in prompts for _ in range(group_size)]     # it shares their pages
-    outputs = policy.generate_batch(rows, settings, batching)
+    outputs = policy.eval().generate_batch(rows, settings, batching)
     if len(outputs) < len(rows) or any(out.error for out in outputs.values()):
         raise RuntimeError("generate_batch lost responses, its log says why; --sampler generate "
                            "does without it")
-    return [(out.generated_tokens, out.logprobs) for out in outputs.values()]
+    return [out.generated_tokens for out in outputs.values()]
 
 
 def roll_out(policy, tokenizer, problems, k, sampler="generate", **settings):
     """k graded responses to each problem, groups consecutive; settings are those of `sample`."""
-    draw = {"generate": sample, "paged": sample_paged,
-            "sharded": functools.partial(sample, sharded=True)}[sampler]
-    with gathered(policy) if sampler != "sharded" else nullcontext():
-        responses = draw(policy, [p["prompt"] for p in problems], k, **settings)
+    prompts = [problem["prompt"] for problem in problems]
+    with nullcontext() if sampler == "sharded" else gathered(policy):
+        if sampler == "paged":
+            responses = sample_paged(policy, prompts, k, **settings)
+        else:
+            responses = sample(policy, prompts, k, sharded=sampler == "sharded", **settings)
+    # special tokens are no text, but the tags of a thought are, even where they count as special
+    special = {i for i, token in tokenizer.added_tokens_decoder.items()
+               if token.special and token.content not in ("<think>", "</think>")}
     rollouts = []
-    for i, (ids, logp) in enumerate(responses):
-        problem, text = problems[i // k], tokenizer.decode(ids, skip_special_tokens=True)
-        reward = float(is_correct(text, problem["answer"]))
-        rollouts.append(Rollout(problem, ids, text, ids[-1] not in policy.eos_ids, reward, logp))
+    for i, ids in enumerate(responses):
+        problem, text = problems[i // k], tokenizer.decode([x for x in ids if x not in special])
+        if tokenizer.decode(problem["prompt"][-16:]).rstrip().endswith("<think>"):
+            text = "<think>" + text                      # the prompt has opened the thought
+        rollouts.append(Rollout(problem, ids, text, ids[-1] not in policy.eos_ids,
+                                float(is_correct(text, problem["answer"]))))
     return rollouts
 
 
 @torch.no_grad()
 def score(policy, prompts, responses, micro_tokens, temperature=1.0):
-    """log pi(y_t | prompt, y_<t) and the entropies, (N, T) each, in nats, zeros past the end.
-
-    A head that several rows share is read once, into a cache.
-    """
+    """log pi(y_t | prompt, y_<t) and the entropies, (N, T) each, in nats, zeros past the end."""
     policy.eval()                                        # see sample
     device = next(policy.parameters()).device
     logp = torch.zeros(len(prompts), max(map(len, responses)), device=device)
     entropy = torch.zeros_like(logp)
-    calls = []           # (head, rows); without rows: read the head, whose rows follow directly
-    for head, rows in shared_heads(prompts, responses):
-        lengths = [len(prompts[i]) - len(head) + len(responses[i]) for i in rows]
-        calls += [(head, [])] * bool(head)
-        for micro in micro_batches(lengths, micro_tokens):
-            calls.append((head, [rows[k] for k in micro]))
-    for head, rows in as_many_everywhere(calls, ([], [])):
-        if not rows:
-            cache = DynamicCache(config=policy.model.config)
-            policy(*pack([head or [0]], [[]], device), cache=cache)
-            continue
-        ids, predicts = pack([prompts[i][len(head):] for i in rows], [responses[i] for i in rows],
-                             device)
-        copy = None
-        if head:
-            copy = deepcopy(cache)
-            copy.batch_repeat_interleave(len(rows))
-        part = policy(ids, predicts, temperature, copy)
-        logp[rows, :part[0].shape[1]], entropy[rows, :part[1].shape[1]] = part
+    lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
+    for rows in as_many_everywhere(micro_batches(lengths, micro_tokens)):
+        part = policy(*pack([prompts[i] for i in rows], [responses[i] for i in rows], device),
+                      temperature)                                                   # (n, T') each
+        if rows:                                         # else an idle pass beside other ranks'
+            logp[rows, :part[0].shape[1]], entropy[rows, :part[1].shape[1]] = part
     return logp, entropy
 
 
@@ -698,232 +499,206 @@ def score(policy, prompts, responses, micro_tokens, temperature=1.0):
 
 
 class InputError(ValueError):
-    """Something the user can mend. Printed as one line; the process ends with code 2."""
+    """Something that the user can mend: `main` prints it as one line and exits with code 2."""
 
 
-def flag(default, text, **options):
-    """least, choices: checked below; free: may differ between a run and its --resume."""
-    return dataclasses.field(default=default, metadata={"help": text, **options})
-
-
-def check_flags(cfg):
-    """Raises InputError where a field breaks its own metadata, or the template's JSON is none."""
-    for field in dataclasses.fields(cfg):
-        value, rules = getattr(cfg, field.name), field.metadata
-        if value not in rules.get("choices", [value]):
-            raise InputError(f"--{field.name} {value!r}: choose from {rules['choices']}")
-        if "least" in rules and not rules["least"] <= value < math.inf:
-            raise InputError(f"--{field.name} {value}: must be at least {rules['least']}")
+@contextmanager
+def one_line(what):
+    """Whatever goes wrong inside is about the user's input, and becomes an InputError."""
     try:
-        dict(cfg.template_kwargs.items())
-    except (ValueError, AttributeError):
-        raise InputError("--chat_template_kwargs must be a JSON object, such as "
-                         """'{"enable_thinking": false}'""") from None
+        yield
+    except (Exception, dcp.CheckpointException) as error:        # that one is no Exception
+        raise InputError(f"{what}: {' '.join(str(error).split())[:300]}") from None
+
+
+def flag(default, text):
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+def template_variables(text):
+    with one_line("--chat_template_kwargs must be a JSON object"):
+        return dict(json.loads(text).items())
 
 
 @dataclasses.dataclass
 class Config:
     # the model and what it reads
     model: str = flag("", "Hugging Face folder or hub id of a chat model (required)")
-    dataset: str = flag("open-r1/DAPO-Math-17k-Processed",
-                        "training problems: .jsonl, .json or .parquet file, or hub id (Table 5)")
-    dataset_config: str = flag("all", "configuration of a hub data set; not used for files")
-    split: str = flag("train", "split of a hub data set; not used for files")
-    max_prompt_tokens: int = flag(2048, "longer problems are dropped and counted (not the paper's)",
-                                  least=1)
-    chat_template_kwargs: str = flag("{}", "JSON for the chat template, the same for student and "
-                                     """teacher: '{"enable_thinking": false}' for Qwen3 hybrids""")
-    trust_remote_code: bool = flag(False, "run model code that comes with the checkpoint",
-                                   free=True)
+    dataset: str = flag("open-r1/DAPO-Math-17k-Processed", "training problems (Table 5): .jsonl, "
+                        ".json or .parquet file, or hub id, also as id:config:split")
+    dataset_config: str = flag("", "configuration of a hub data set (of the default set: all)")
+    split: str = flag("train", "split of a hub data set")
+    max_prompt_tokens: int = flag(2048, "longer problems are dropped and counted (not the paper's)")
+    chat_template_kwargs: str = flag("{}", "JSON for the chat template, of student and teacher: "
+                                     """'{"enable_thinking": false}' for Qwen3 hybrids""")
     # the method
-    method: str = flag("antisd", "which per-token term joins GRPO", choices=list(METHODS))
-    compose: str = flag("add", "A + lam * delta, or mul: A * (1 + lam * delta) (Table 3)",
-                        choices=["add", "mul"])
-    lam: float = flag(0.5, "lambda_max, weight of the per-token term (Table 5)", least=0)
-    warmup_steps: int = flag(5, "W: steps with lambda 0 that calibrate H_warm (Table 5)", least=0)
-    tau_down: float = flag(0.93, "the gate shuts below tau_down * H_warm; 0: no gate (Table 5)",
-                           least=0)
-    gate_stat: str = flag("mean", "the gate's statistic of token entropies; median is the paper's "
-                          "text, but a token median is near 0 nats", choices=["mean", "median"])
-    gate_source: str = flag("teacher", "whose entropy moves the gate (Table 3)",
-                            choices=["teacher", "student"])
+    method: Literal[tuple(METHODS)] = flag("antisd", "which per-token term joins GRPO")
+    compose: Literal["add", "mul"] = flag("add", "A + lam * delta, or A * (1 + lam * delta)")
+    lam: float = flag(0.5, "lambda_max, weight of the per-token term (Table 5)")
+    warmup_steps: int = flag(5, "W: steps with lambda 0 that calibrate H_warm (Table 5)")
+    tau_down: float = flag(0.93, "the gate shuts below tau_down * H_warm; 0: no gate (Table 5)")
+    gate_stat: Literal["mean", "median"] = flag("mean", "of token entropies (median: about 0 nats)")
+    gate_source: Literal["teacher", "student"] = flag("teacher", "whose entropy (Table 3)")
     # the rollout
-    problems_per_step: int = flag(32, "B, over all ranks (Table 5)", least=1)
-    group_size: int = flag(8, "G, responses per problem (Table 5)", least=2)
-    max_tokens: int = flag(32768, "longest response, in tokens (Table 5)", least=1)
+    problems_per_step: int = flag(32, "B, over all ranks (Table 5)")
+    group_size: int = flag(8, "G, responses per problem (Table 5)")
+    max_tokens: int = flag(32768, "longest response, in tokens (Table 5)")
     temperature: float = flag(1.0, "of rollouts; scoring divides by it too (Table 5)")
-    rollout_batch: int = flag(0, "responses decoded at once on a rank, in whole groups, at least "
-                              "one; bounds the KV cache; 0: all", least=0, free=True)
-    sampler: str = flag("generate", "generate: whole weights on every rank; paged: the same with "
-                        "continuous batching, meant for CUDA; sharded: weights stay split and "
-                        "are gathered for every token: slow, for models that do not fit on a GPU",
-                        choices=["generate", "paged", "sharded"], free=True)
+    rollout_batch: int = flag(0, "responses decoded at once on a rank; bounds the cache; 0: all")
+    sampler: Literal["generate", "paged", "sharded"] = flag(
+        "generate", "generate, and paged (continuous batching), hold whole weights on every rank; "
+        "sharded leaves them split: slow, for models that do not fit on one GPU")
     # the update
-    lr: float = flag(1e-6, "AdamW's constant learning rate (Table 5)", least=0)
-    warmup_lr_steps: int = flag(0, "linear learning-rate warm-up, in steps", least=0)
-    weight_decay: float = flag(0.01, "AdamW's (not in the paper)", least=0)
+    lr: float = flag(1e-6, "AdamW's constant learning rate (Table 5)")
+    warmup_lr_steps: int = flag(0, "linear learning-rate warm-up, in steps")
+    weight_decay: float = flag(0.01, "AdamW's (not in the paper)")
     max_grad_norm: float = flag(1.0, "gradient clipping (not in the paper)")
     clip: float = flag(0.2, "PPO clip; inert while updates_per_batch is 1 (Table 5)")
-    steps: int = flag(200, "training steps (Table 5)", least=1, free=True)
-    updates_per_batch: int = flag(1, "optimizer updates per rollout batch (Table 5: a clip)",
-                                  least=1)
-    loss_agg: str = flag("token", "token: sum over tokens / tokens of the step; seq: mean over "
-                         "responses of their means (not in the paper)", choices=["token", "seq"])
+    steps: int = flag(200, "training steps (Table 5)")
+    updates_per_batch: int = flag(1, "optimizer updates per rollout batch")
+    loss_agg: Literal["token", "seq"] = flag("token", "mean over tokens, or over responses' means")
     mask_truncated: bool = flag(False, "leave truncated responses out of the loss")
     # the machine
-    micro_tokens: int = flag(16384, "tokens (padding included) of one scoring or training "
-                             "micro-batch; a longer response goes alone", least=1, free=True)
+    micro_tokens: int = flag(16384, "tokens (with padding) of a scoring or training micro-batch")
     gradient_checkpointing: bool = flag(False, "recompute layers in backward: slower, leaner")
-    dtype: str = flag("auto", "compute type; auto is bfloat16 on CUDA and float32 on the CPU; "
-                      "master weights are float32", choices=["auto", "bfloat16", "float32"])
+    dtype: Literal["auto", "bfloat16", "float32"] = flag("auto", "to compute in; auto: bfloat16 on "
+                                                         "CUDA, else float32; masters: float32")
     seed: int = flag(0, "of data order, rollouts and the choice of solutions")
-    # validation, records
-    eval_dataset: str = flag("", "held-out problems; evaluated before the first and after the last "
-                             "step")
-    eval_every: int = flag(0, "also evaluate every so many steps", least=0, free=True)
-    eval_samples: int = flag(1, "responses per held-out problem", least=1)
-    eval_temperature: float = flag(0.7, "of evaluation (Table 5); 0 is greedy", least=0)
-    eval_top_p: float = flag(0.95, "of evaluation (Table 5)")
-    output: str = flag("runs/antisd", "folder of this run", free=True)
-    save_every: int = flag(20, "steps between checkpoints; 0: none", least=0, free=True)
-    keep: int = flag(2, "newest checkpoints kept", least=1, free=True)
-    resume: bool = flag(False, "continue the run in --output from its newest whole checkpoint",
-                        free=True)
-    init_from: str = flag("", "folder of a run whose weights, optimizer and data position to start "
-                          "from, with step count and gate fresh (continual AntiSD)")
-    sample_every: int = flag(10, "steps between rollouts shown and kept in samples.jsonl", least=1,
-                             free=True)
-    tracker: str = flag("", "wandb or trackio, if installed", choices=["", "wandb", "trackio"],
-                        free=True)
+    # validation and records
+    eval_dataset: str = flag("", "held-out problems, file or id:config:split; temperature 0.7")
+    eval_every: int = flag(20, "steps between evaluations, one response to every problem")
+    output: str = flag("runs/antisd", "folder of this run")
+    save_every: int = flag(20, "steps between checkpoints, of which two stay; 0: none")
+    export_every: int = flag(0, "steps between folders model-000100/; 0: the last, model/, only")
+    resume: bool = flag(False, "continue the run in --output from its newest checkpoint")
+    init_from: str = flag("", "continual AntiSD: a run whose weights, optimizer and data position "
+                          "to start from, with step count and gate fresh")
+    tracker: Literal["", "wandb", "trackio"] = flag("", "where to log as well, if installed")
 
     def __post_init__(self):
-        check_flags(self)
+        self.template_kwargs = template_variables(self.chat_template_kwargs)
+        may_be_0 = ("lam", "warmup_steps", "tau_down", "rollout_batch", "lr", "warmup_lr_steps",
+                    "weight_decay", "seed", "save_every", "export_every")
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), 0 if field.name in may_be_0 else 1e-9
+            if field.type in (int, float) and not least <= value < math.inf:
+                bound = "above 0" if least else "at least 0"
+                raise InputError(f"--{field.name} {value}: must be {bound}")
         for wrong, text in (
             (not self.model, "--model is required: a Hugging Face folder or a hub id"),
-            (not 0 < self.temperature < math.inf, "--temperature: rollouts are samples, it must be "
-             "above 0"),
-            (not 0 < self.eval_top_p <= 1, "--eval_top_p must be above 0 and at most 1"),
-            (not 0 < self.clip < 1, "--clip must be between 0 and 1"),
-            (not self.max_grad_norm > 0, "--max_grad_norm must be above 0"),
+            (self.group_size < 2, "--group_size 1: a group of one has no advantage"),
             (not self.warmup_steps and self.tau_down and self.method in GATED,
              "--warmup_steps 0 leaves the gate without H_warm; no gate at all is --tau_down 0"),
+            (self.tracker and not importlib.util.find_spec(self.tracker),
+             f"--tracker {self.tracker}: pip install {self.tracker} first"),
         ):
             if wrong:
                 raise InputError(text)
 
-    @property
-    def template_kwargs(self):
-        return json.loads(self.chat_template_kwargs)
 
-
-class FlagParser(argparse.ArgumentParser):
-    def convert_arg_line_to_args(self, line):            # @file: several words a line, # comments
-        try:
-            return shlex.split(line, comments=True)
-        except ValueError as error:
-            self.error(f"{error} in the line {line!r}")
-
-    def error(self, message):                            # one line instead of the whole usage
+def parse_config(argv=None, kind=Config):
+    """Flags (default: the command line) -> a dataclass; `@file` reads flags from a file, where #
+    starts a comment. InputError, with one line, on whatever is wrong."""
+    def refuse(message):
         raise InputError(message)
 
-
-def parse_config(argv=None, kind=Config, text=__doc__):
-    """Flags (default: the command line) -> a dataclass of fields made by `flag`; raises InputError
-    with one line on bad input."""
-    parser = FlagParser(description=text.split("\n\n")[0], fromfile_prefix_chars="@",
-                        allow_abbrev=False)
-    for field in dataclasses.fields(kind):
-        names = list(dict.fromkeys([f"--{field.name}", "--" + field.name.replace("_", "-")]))
-        options = ({"action": argparse.BooleanOptionalAction} if field.type is bool
-                   else {"nargs": "+"} if field.type is list
-                   else {"type": field.type, "choices": field.metadata.get("choices")})
-        parser.add_argument(*names, default=field.default,
-                            help=f"{field.metadata['help']} [{field.default}]".replace("%", "%%"),
-                            **options)
-    return kind(**vars(parser.parse_args(argv)))
+    parser = HfArgumentParser(kind, fromfile_prefix_chars="@", allow_abbrev=False)
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    parser.error = refuse
+    with one_line("flags"):                              # an @file may lack a closing quote
+        flags = parser.parse_args(argv)
+    return kind(**vars(flags))
 
 
 # --- 6. Data (safe to skip) -----------------------------------------------------------------------
 
 DAPO_HEAD = ("Solve the following math problem step by step. The last line of your response should "
              "be of the form Answer:")
-
 DAPO_TAIL = 'Remember to put your answer on its own line after "Answer:".'
 
 
 def load_problems(path, split=None, limit=None, config=None):
-    """Problems from a .jsonl, .json or .parquet file, or from a hub data set.
+    """Problems from a .jsonl, .json or .parquet file, or from a hub data set `id:config:split`.
 
     Returns a list of {"id": row number, "problem": str, "answer": str, "solution": str or None};
     rows with the same problem are merged, the first one stays. Columns recognised:
     problem | question | prompt (text or chat messages); answer | final_answer |
-    reward_model.ground_truth | Answer; solution. Raises InputError, which names the columns found.
+    reward_model.ground_truth | Answer; solution. InputError on a row of a file without problem or
+    answer; such rows of a hub set are skipped and counted.
     """
-    problems = {}
-    for number, row in enumerate(_rows(path, split, config)):
-        where = f"{path}: row {number + 1}"
-        if not isinstance(row, dict):
-            raise InputError(f"{where} is not an object with named fields; a .json "
-                             "file holds a list of them")
-        found = f"the columns are {', '.join(map(str, row))}"
-        text = next((row[k] for k in ("problem", "question", "prompt") if row.get(k)), None)
-        if isinstance(text, list):                       # chat messages: the user's last turn
-            turns = [t for t in text if isinstance(t, dict) and t.get("role") == "user"]
-            text = turns[-1].get("content") if turns else None
-        if not isinstance(text, str) or not text.strip():
-            raise InputError(f"{where} has no problem (problem, question or prompt); {found}")
-        if isinstance(row.get("reward_model"), dict):
-            row = {**row, "reward_model.ground_truth": row["reward_model"].get("ground_truth")}
-        keys = ("answer", "final_answer", "reward_model.ground_truth", "Answer")
-        answer = next((str(row[k]) for k in keys if row.get(k) not in (None, "")), None)
-        if answer is None:
-            raise InputError(f"{where} has no answer ({', '.join(keys)}); {found}")
-        solution = row.get("solution")
-        if "####" in answer:                             # GSM8K: the working, #### and the number
-            solution, answer = answer, answer.rsplit("####", 1)[1].replace(",", "")
-        if text.startswith(DAPO_HEAD):                   # asks for "Answer:", our reward for a box
-            text = text.split("\n\n", 1)[-1].replace(DAPO_TAIL, "")
-        text, answer = text.strip(), answer.strip()
-        problems.setdefault(text, {"id": number, "problem": text, "answer": answer,
-                                   "solution": _worked_solution(solution, answer)})
-        if limit and len(problems) >= limit:
-            break
-    if not problems:
-        raise InputError(f"{path} holds no problems")
+    problems, skipped, row = {}, 0, {}
+    with one_line(f"cannot load the data set {path}"):
+        for number, row in enumerate(read_rows(path, split, config)):
+            if not isinstance(row, dict):
+                raise ValueError(f"row {number + 1} is not an object with named fields")
+            problem = read_problem(row)
+            if problem["problem"] and problem["answer"]:
+                problems.setdefault(problem["problem"], {"id": number, **problem})
+            elif Path(path).is_file():
+                raise ValueError(f"row {number + 1} has no problem or no answer; its columns are "
+                                 + ", ".join(row))
+            else:
+                skipped += 1
+            if len(problems) == limit:
+                break
+        if not problems:
+            raise ValueError(f"no problem with an answer in it; its columns are {', '.join(row)}")
+    if skipped:
+        tqdm.write(f"{path}: {skipped} rows without a problem or an answer were skipped")
     return list(problems.values())
 
 
-def _rows(path, split, config):
+def read_rows(path, split, config):
     """The raw rows. JSON is read here: errors name the line, and a column may mix types."""
-    file, line = Path(path), ""
-    if file.suffix in (".jsonl", ".json", ".parquet") and not file.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        if file.suffix == ".jsonl":
-            for number, text in enumerate(file.open("rb"), 1):
-                line = f"line {number} is not JSON: "
-                if text.strip():
-                    yield json.loads(text)
-        elif file.suffix == ".json":
-            line = "not JSON: "
-            yield from json.loads(file.read_bytes())
-        elif file.suffix == ".parquet":
-            yield from datasets.load_dataset("parquet", data_files=path, split="train")
-        else:
-            sets = datasets.load_dataset(path, config or None, split=split)
-            yield from sets if split else sets.get("test") or next(iter(sets.values()))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"cannot load the data set {path}: {line}"
-                         + " ".join(str(error).split())) from None
+    if path.endswith(".jsonl"):
+        with open(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    with one_line(f"line {number} is not JSON"):
+                        row = json.loads(line)
+                    yield row
+    elif path.endswith(".json"):
+        yield from json.loads(Path(path).read_bytes())
+    elif path.endswith(".parquet"):
+        yield from datasets.load_dataset("parquet", data_files=path, split="train")
+    else:
+        name, *own = path.split(":")
+        config, split = [*own, *(config, split)[len(own):]][:2]
+        rows = datasets.load_dataset(name, config or None, split=split or None)
+        yield from rows if split else rows.get("test") or next(iter(rows.values()))
 
 
-def _worked_solution(solution, answer):
-    """A solution for the teacher, or None where the column repeats the answer (DAPO-Math does)."""
-    if not solution or str(solution).strip() == answer:
-        return None
-    text = re.sub(r"<<[^<>]*>>", "", str(solution)).strip()        # GSM8K's calculator notes
-    work, mark, final = text.rpartition("\n####")
-    return f"{work}\nThe answer is \\boxed{{{final.strip()}}}." if mark else text
+def read_problem(row):
+    """A row of any known schema -> {"problem", "answer", "solution"}, "" where it has none."""
+    def text(value):     # of chat messages the user's last turn; of a list its items, with commas
+        if isinstance(value, dict):                      # {"type": "text", "text": ...}
+            value = value.get("text")
+        if isinstance(value, str) and value.startswith('["'):
+            with suppress(ValueError):                   # Skywork-OR1 writes a list as JSON
+                value = json.loads(value)
+        if isinstance(value, list):
+            turns = [turn.get("content") for turn in value
+                     if isinstance(turn, dict) and turn.get("role") == "user"]
+            return text(turns[-1]) if turns else ", ".join(map(text, value))
+        return "" if value is None or value != value else str(value).strip()     # NaN is not NaN
+
+    def cell(*keys):
+        return next(filter(None, (text(row.get(key)) for key in keys)), "")
+
+    if isinstance(row.get("reward_model"), dict):
+        row = {**row, "reward_model": row["reward_model"].get("ground_truth")}
+    problem, solution = cell("problem", "question", "prompt"), cell("solution")
+    answer = cell("answer", "final_answer", "reward_model", "Answer")
+    if "####" in answer:                                 # GSM8K: the working, #### and the number
+        solution, answer = answer, answer.rsplit("####", 1)[1].replace(",", "").strip()
+    if "\n####" in solution:                             # it also has calculator notes <<1+1=2>>
+        work, final = re.sub(r"<<[^<>]*>>", "", solution).rsplit("\n####", 1)
+        solution = f"{work.strip()}\nThe answer is \\boxed{{{final.strip()}}}."
+    if problem.startswith(DAPO_HEAD):                    # asks for "Answer:", our reward for a box
+        problem = problem.split("\n\n", 1)[-1].replace(DAPO_TAIL, "").strip()
+    # DAPO-Math's "solution" only repeats the answer: nothing that a teacher could read
+    return {"problem": problem, "answer": answer,
+            "solution": solution if solution and solution != answer else None}
 
 
 def next_problems(problems, position, count, seed):
@@ -940,16 +715,17 @@ def next_problems(problems, position, count, seed):
 
 
 def setup():
-    """Joins torchrun's process group, or makes one of a single process -> rank, world, device.
-
-    One code path for 1 and for N processes: FSDP on a single one measured 3% slower than none.
-    """
+    """Joins torchrun's process group, or makes one of a single process -> rank, world, device."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        # ranks must not outlive a killed torchrun and write beside the run that is then resumed:
+        # option 1 of prctl, PR_SET_PDEATHSIG, has the kernel end them with it
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     cuda = torch.cuda.is_available()
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
         # a rank may wait hours for another one's longest response; a dead one torchrun notices
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1), **alone)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                                timeout=datetime.timedelta(days=1), **alone)
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -965,18 +741,17 @@ def gather(value):
     return values
 
 
-def on_rank_0(function, *args):
-    """Runs it on rank 0; what it returns, or the one line of its error, reaches every rank."""
-    result = problem = None
-    if dist.get_rank() == 0:
-        try:
-            result = function(*args)
-        except (InputError, OSError, safetensors.SafetensorError) as error:
-            problem = str(error)
-    result, problem = gather((result, problem))[0]
-    if problem:
-        raise InputError(problem)
-    return result
+def global_mean(values, mask):
+    """Mean of values (N, T) where mask, over ALL ranks; 0 where nothing is."""
+    parts = gather((values[mask].double().sum().item(), int(mask.sum())))
+    total, count = map(sum, zip(*parts))
+    return total / max(1, count)
+
+
+def global_median(values, mask):
+    """Median over ALL ranks' tokens (our choice: an average of ranks' medians is not a median)."""
+    ordered = torch.cat(gather(values[mask].cpu())).double().sort().values
+    return ordered[[(len(ordered) - 1) // 2, len(ordered) // 2]].mean().item()
 
 
 def shard(policy, dtype, device):
@@ -987,7 +762,7 @@ def shard(policy, dtype, device):
     options = dict(mesh=mesh, reshard_after_forward=True,
                    mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
     for module in list(policy.modules()):
-        if type(module).__name__ in (policy.model._no_split_modules or ()):  # the decoder layers
+        if type(module).__name__ in policy.model._no_split_modules:      # the decoder layers
             fully_shard(module, **options)
     fully_shard(policy, **options)
     for method in ("generate", "generate_batch"):        # the root must be the first to run
@@ -1017,61 +792,22 @@ def micro_batches(lengths, budget):
     most a tenth of it padding; a row beyond the budget goes alone."""
     batches = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches:
-            padded = (len(batches[-1]) + 1) * lengths[batches[-1][0]]
-            real = sum(lengths[j] for j in batches[-1]) + lengths[i]
-            if padded <= budget and real >= 0.9 * padded:
-                batches[-1].append(i)
-                continue
-        batches.append([i])
+        last = batches[-1] + [i] if batches else []
+        padded = len(last) * max((lengths[j] for j in last), default=0)
+        if last and padded <= budget and sum(lengths[j] for j in last) >= 0.9 * padded:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
     return batches
 
 
-def as_many_everywhere(calls, idle):
-    """`calls`, followed by `idle` ones up to the count of the rank that has most: every forward and
-    backward pass of a sharded model is a communication, which all ranks must take part in."""
-    return calls + [idle] * (max(gather(len(calls))) - len(calls))
+def as_many_everywhere(batches):
+    """`batches` and then empty ones, up to the count of the rank that has most: every pass of a
+    sharded model is a communication, which all ranks must take part in."""
+    return batches + [[]] * (max(gather(len(batches))) - len(batches))
 
 
-def shared_heads(prompts, responses):
-    """Rows whose prompts begin alike, as a list of (the head they share, their indices).
-
-    One correct sibling serves a whole group, so the teacher reads nearly the same long prompt for
-    all of it. The head is worth a call of its own where that saves 512 tokens and where responses
-    are not much longer; all other rows stand together with the head []."""
-    clusters, others = [], []
-    for i in sorted(range(len(prompts)), key=lambda i: prompts[i]):  # like heads are neighbours
-        # commonprefix takes any lists
-        head = os.path.commonprefix([clusters[-1][0], prompts[i][:-1]]) if clusters else []
-        if 4 * len(head) >= 3 * len(prompts[i]):
-            clusters[-1] = head, clusters[-1][1] + [i]
-        else:
-            clusters.append((prompts[i][:-1], [i]))      # the last token predicts the response
-    shared = []
-    for head, rows in clusters:
-        longest = max(len(responses[i]) for i in rows)
-        if (len(rows) - 1) * len(head) >= 512 and 4 * len(head) >= longest:
-            shared.append((head, rows))
-        else:
-            others += rows
-    return shared + [([], others)]
-
-
-# --- 8. Checkpoints (safe to skip) ----------------------------------------------------------------
-
-
-def _checksum(file):
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _state(policy, optimizer):
-    fresh = not optimizer.state
-    model, optim = dcp_state.get_state_dict(policy, optimizer)
-    if fresh:        # that took a step at lr 0 to make AdamW's state: its bias terms would be off
-        for state in (*optimizer.state.values(), *optim["state"].values()):
-            state["step"].zero_()
-    return {"model": model, "optimizer": optim}
+# --- 8. Checkpoints (safe to skip): a run may be stopped in any way, and goes on with --resume ----
 
 
 def checkpoints(run):
@@ -1079,644 +815,516 @@ def checkpoints(run):
     return sorted(file.parent for file in Path(run).glob("checkpoints/step-*/progress.json"))
 
 
-def _drop(folder):
-    (folder / "progress.json").unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def save_checkpoint(run, policy, optimizer, now, keep):
-    """Every rank writes its shards into checkpoints/step-N, then rank 0 progress.json, which makes
-    it count, and drops all but the `keep` newest. A full disk costs this checkpoint and one printed
-    line; the older ones stay. Returns whether it was saved."""
-    rank, folder = dist.get_rank(), run / "checkpoints" / f"step-{now['step']:06d}"
-    sums, error = {}, None
-    if gather((folder / "progress.json").exists())[0]:   # stopped again before the next step
-        return True
-    if rank == 0:
-        _drop(folder)                                    # what a kill has left of it
-    gather(None)                                         # nobody writes before it is gone
-    try:
-        dcp.save(_state(policy, optimizer), checkpoint_id=folder)
-        sums = {file.name: _checksum(file) for file in folder.glob(f"__{rank}_*")}
-    except (OSError, dcp.api.CheckpointException) as problem:
-        error = " ".join(str(problem).split())[-300:]
-    ranks = gather((sums, error))
-    if rank == 0:
-        error = next((error for _, error in ranks if error), None)
-        try:
-            if not error:
-                sums = {name: digest for part, _ in ranks for name, digest in part.items()}
-                sums[".metadata"] = _checksum(folder / ".metadata")
-                write_whole(folder / "progress.json", json.dumps({"now": now, "checksums": sums}))
-                for old in checkpoints(run)[:-keep]:
-                    _drop(old)
-        except OSError as problem:
-            error = str(problem)
-        if error:
-            _drop(folder)                                # give the space back
-            tqdm.write(f"no checkpoint at step {now['step']}, older ones are whole: {error}")
-    return not gather(error)[0]
-
-
-def load_checkpoint(path, policy, optimizer):
-    """Loads weights and optimizer in place, for any number of ranks; returns the saved `now`."""
-    rank, world, bad = dist.get_rank(), dist.get_world_size(), []
-    try:
-        saved = json.loads((path / "progress.json").read_text())
-        for i, (name, digest) in enumerate(sorted(saved["checksums"].items())):
-            if i % world == rank and _checksum(path / name) != digest:
-                bad.append(name)
-    except (OSError, ValueError) as error:
-        bad.append(str(error))
-    bad = sum(gather(bad), [])
-    if bad:
-        older = [p.name for p in checkpoints(path.parent.parent) if p.name < path.name]
-        raise InputError(f"{path} is damaged ({bad[0]}); " + (
-            f"delete it, and --resume continues from {older[-1]}" if older else "none is older"))
-    state = _state(policy, optimizer)
-    dcp.load(state, checkpoint_id=path)
-    dcp_state.set_state_dict(policy, optimizer, model_state_dict=state["model"],
-                             optim_state_dict=state["optimizer"])
-    return saved["now"]
-
-
-def restore(cfg, run, policy, optimizer, fresh):
-    """Where the run stands: at its newest checkpoint, at --init_from's data position, or fresh."""
-    if cfg.resume and checkpoints(run):
-        return load_checkpoint(checkpoints(run)[-1], policy, optimizer)
-    if cfg.init_from:                                    # continual AntiSD: step and gate are fresh
-        if not checkpoints(cfg.init_from):
-            raise InputError(f"--init_from {cfg.init_from} holds no checkpoint")
-        old = load_checkpoint(checkpoints(cfg.init_from)[-1], policy, optimizer)
-        return fresh | {"position": old["position"]}
-    return fresh
-
-
-def export_model(folder, policy, tokenizer, dtype):
-    """The weights as a Hugging Face folder, of the dtype and with the settings they came with."""
-    options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = dcp_state.get_model_state_dict(policy, options=options)      # on rank 0; else empty
-
-    def write():
-        writing = folder.with_name(folder.name + ".writing")
-        shutil.rmtree(writing, ignore_errors=True)
-        named = [*policy.model.named_parameters(), *policy.model.named_buffers()]   # tied ones once
-        policy.model.save_pretrained(writing, state_dict={
-            name: x.to(dtype) if x.is_floating_point() else x for name, _ in named
-            if (x := state.get(f"model.{name}")) is not None})
-        policy.model.config.dtype = dtype                # save_pretrained wrote the master weights'
-        policy.model.config.save_pretrained(writing)
-        tokenizer.save_pretrained(writing)
-        policy.checkpoint_generation_config.to_json_file(writing / "generation_config.json")
-        shutil.rmtree(folder, ignore_errors=True)
-        writing.rename(folder)
-
-    on_rank_0(write)
-
-
-# --- 9. Records (safe to skip) --------------------------------------------------------------------
+def checksum(file):
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_whole(path, text):
     """A kill leaves the old file or the new one, never a half."""
     writing = path.with_name(path.name + ".writing")
-    with open(writing, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    writing.write_text(text, encoding="utf-8")
     writing.replace(path)
 
 
-def open_run(cfg):
-    """Makes the output folder and writes config.json; refuses to mix two runs in one folder."""
-    output, flags = Path(cfg.output), dataclasses.asdict(cfg)
-    record = output / "config.json"
-    if record.exists():
+def save_checkpoint(run, policy, optimizer, now):
+    """Every rank writes its shards; then rank 0 writes `now` (step, data position, gate) and the
+    checksums, which makes the checkpoint count, and drops all but the newest two."""
+    rank, folder = dist.get_rank(), run / "checkpoints" / f"step-{now['step']:06d}"
+    if rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)        # what a kill has left of it
+    gather(None)                                         # nobody writes before it is gone
+    model, optim = dcp_state.get_state_dict(policy, optimizer)
+    dcp.save({"model": model, "optimizer": optim}, checkpoint_id=folder)
+    files = [*folder.glob(f"__{rank}_*"), *([folder / ".metadata"] if rank == 0 else [])]
+    sums = sum(gather([(file.name, checksum(file)) for file in files]), [])
+    if rank == 0:
+        write_whole(folder / "progress.json", json.dumps({"now": now, "checksums": dict(sums)}))
+        for old in checkpoints(run)[:-2]:
+            (old / "progress.json").unlink()
+            shutil.rmtree(old)
+
+
+def load_checkpoint(folder, policy, optimizer):
+    """Loads weights and optimizer in place, for any number of ranks; returns the saved `now`."""
+    saved = json.loads((folder / "progress.json").read_text())
+    mine = sorted(saved["checksums"].items())[dist.get_rank()::dist.get_world_size()]
+    bad = [name for name, digest in mine
+           if not (folder / name).exists() or checksum(folder / name) != digest]
+    if bad := sum(gather(bad), []):                      # a flipped bit would load without a word
+        raise InputError(f"{folder} is damaged ({bad[0]}): delete that folder, and --resume goes "
+                         "on from the checkpoint before it")
+    model, optim = dcp_state.get_state_dict(policy, optimizer)
+    with one_line(f"{folder} cannot be loaded into this --model"):
+        dcp.load({"model": model, "optimizer": optim}, checkpoint_id=folder)
+    dcp_state.set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
+    return saved["now"]
+
+
+def restore(cfg, policy, optimizer, fresh):
+    """Where the run stands: at its newest checkpoint, at --init_from's data position, or fresh."""
+    if cfg.resume and checkpoints(cfg.output):
+        return load_checkpoint(checkpoints(cfg.output)[-1], policy, optimizer)
+    if cfg.resume and dist.get_rank() == 0:
+        print(f"--resume: {cfg.output} holds no checkpoint, so the run starts at step 0")
+    if cfg.init_from:                                    # continual AntiSD: step and gate are fresh
+        old = load_checkpoint(checkpoints(cfg.init_from)[-1], policy, optimizer)
+        return fresh | {"position": old["position"]}
+    return fresh
+
+
+def export_model(folder, policy, source):
+    """The weights as a Hugging Face folder, in the dtype they came in. Configuration, tokenizer and
+    template are the source's own files: as this version of transformers would write them, older
+    ones and engines built on them misread them (rope_theta) or cannot read them at all."""
+    options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = dcp_state.get_model_state_dict(policy, options=options)      # on rank 0; else empty
+    if dist.get_rank() == 0:
+        writing, model = folder.with_name(folder.name + ".writing"), policy.model
+        shutil.rmtree(writing, ignore_errors=True)
+        named = [*model.named_parameters(), *model.named_buffers()]      # tied ones once
+        model.save_pretrained(writing, state_dict={
+            name: x.to(policy.source_dtype) if x.is_floating_point() else x for name, _ in named
+            if (x := state.get(f"model.{name}")) is not None})
+        (writing / "generation_config.json").unlink(missing_ok=True)     # ours is that of rollouts
+        for file in source.iterdir():
+            if (file.suffix in (".json", ".jinja", ".model", ".txt", ".tiktoken")
+                    and not file.name.endswith(".index.json")):
+                shutil.copyfile(file, writing / file.name)
+        if type(model).__name__ not in (model.config.architectures or ()):
+            model.config.save_pretrained(writing)        # the part of the source that was trained
+        shutil.rmtree(folder, ignore_errors=True)
+        writing.rename(folder)
+    gather(None)                                         # nobody leaves while rank 0 writes
+
+
+# --- 9. Start-up and records (safe to skip) -------------------------------------------------------
+
+
+def load_tokenizer(name, template_kwargs):
+    """A chat model's tokenizer, its context in tokens and the folder of its files. Whatever can be
+    refused before weights are read is refused here, with an InputError."""
+    with one_line(f"--model {name} cannot be loaded, from a folder or the hub"):
+        config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+        source = Path(transformers.utils.cached_file(name, "config.json")).parent
+        with torch.device("meta"):                       # every layer, and no memory
+            model = AutoModelForCausalLM.from_config(config)
+        # a clock that stands still, because many templates print the day: it must tell neither
+        # student from teacher nor a resumed run from its first half
+        tokenizer.chat_template = re.sub(
+            r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda call: repr(
+                datetime.date(2026, 1, 1).strftime(call[2])), tokenizer.get_chat_template())
+
+        def prompt(left_out=None):
+            return render(tokenizer, student_messages("?"), {
+                key: value for key, value in template_kwargs.items() if key != left_out})
+
+        idle = [key for key in template_kwargs if prompt(left_out=key) == prompt()]
+    text = config.get_text_config()
+    scaled = [key for key in ("final_logit_softcapping", "logit_scale", "logits_scaling",
+                              "logits_soft_cap", "lm_head_multiplier")
+              if getattr(text, key, None) not in (None, 1)]
+    for wrong, reason in (
+        (idle, f"has a chat template in which {idle} changes nothing (--chat_template_kwargs)"),
+        (getattr(config, "quantization_config", None), "is quantized: save a dequantized copy"),
+        (not model._no_split_modules, "does not name the layers that FSDP would split"),
+        (not model._supports_default_dynamic_cache()
+         or "past_key_values" not in inspect.signature(model.forward).parameters,
+         "keeps a cache of its own kind, whose rows cannot be chosen"),
+        (scaled, f"changes its logits after lm_head ({scaled}), which Policy.forward does not do"),
+    ):
+        if wrong:
+            raise InputError(f"--model {name} {reason}")
+    context = getattr(text, "max_position_embeddings", None) or 10**9
+    rope = getattr(text, "rope_parameters", None) or {}
+    for rule in (rope, *(r for r in rope.values() if isinstance(r, dict))):
+        if rule.get("rope_type") in ("longrope", "dynamic"):     # beyond their original context a
+            # token's log-prob would depend on the longest row of its batch
+            context = min(context, rule.get("original_max_position_embeddings") or context)
+    if dist.get_rank() == 0 and type(model).__name__ not in (config.architectures or ()):
+        print(f"of {name} only the part {type(model).__name__} is trained and exported")
+    return tokenizer, context, source
+
+
+def load_policy(name, dtype, tokenizer):
+    """A Policy on the CPU, whole, in eval mode; dtype "auto" is the checkpoint's own."""
+    with one_line(f"--model {name} cannot be loaded"):
+        model, found = AutoModelForCausalLM.from_pretrained(name, dtype=dtype,
+                                                            output_loading_info=True)
+        if found["missing_keys"]:                        # they would be drawn at random, silently
+            raise ValueError(f"its files hold no weights for {sorted(found['missing_keys'])[0]}")
+    with torch.no_grad():
+        probe = torch.tensor([[0, 1]])
+        ours = model.get_output_embeddings()(model.base_model(input_ids=probe)[0])
+        same = torch.allclose(ours, model(input_ids=probe).logits, equal_nan=True)
+    eos = model.generation_config.eos_token_id           # an id, a list of ids, or None
+    eos = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
+    if not (same and eos):
+        raise InputError(f"--model {name} " + ("has no end-of-sequence token" if same else
+                         "changes its logits after lm_head, which Policy.forward does not do"))
+    return Policy(model, eos)
+
+
+def build(cfg, tokenizer, device):
+    """The policy, split over the ranks, and its optimizer."""
+    policy = load_policy(cfg.model, "auto", tokenizer)
+    if cfg.gradient_checkpointing:
+        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    auto = "bfloat16" if device.type == "cuda" else "float32"
+    shard(policy, getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype), device)
+    return policy, torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.999),
+                                     weight_decay=cfg.weight_decay)      # our choice: verl's
+
+
+# what may differ between a run and its --resume
+FREE = {"resume", "steps", "output", "save_every", "export_every", "eval_every", "tracker",
+        "micro_tokens", "rollout_batch", "sampler"}
+
+
+def open_run(cfg, data):
+    """Writes config.json; refuses, with an InputError, to mix two runs in one folder. A folder that
+    holds neither a checkpoint nor metrics is no run."""
+    run = Path(cfg.output)
+    digest = hashlib.sha256(json.dumps(data).encode()).hexdigest()       # prompts and solutions
+    flags = dataclasses.asdict(cfg) | {"data": digest}
+    if checkpoints(run) or read_lines(run / "metrics.jsonl"):
         if not cfg.resume:
-            raise InputError(f"{output} already holds a run: add --resume, or choose another "
-                             "--output")
-        before = json.loads(record.read_text())["flags"]
-        changed = [field.name for field in dataclasses.fields(cfg) if not field.metadata.get("free")
-                   and before.get(field.name) != flags[field.name]]
-        if changed:
-            raise InputError(f"--resume with other settings than the run's: {', '.join(changed)}")
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
-                         capture_output=True, text=True)
-    output.mkdir(parents=True, exist_ok=True)
-    write_whole(record, json.dumps({
-        "flags": flags, "git": git.stdout.strip() or None, "source": _checksum(__file__),
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
-                     "transformers": transformers.__version__},
-        "world_size": dist.get_world_size()}, indent=1) + "\n")
-    return output
-
-
-class Log:
-    """metrics.jsonl, samples.jsonl, the bar, the tracker; on rank 0 alone."""
-
-    def __init__(self, cfg, run, step, rank):
-        self.cfg, self.run, self.rank = cfg, run, rank
-        self.tracker = None
-        self.bar = tqdm(total=cfg.steps, initial=step, disable=rank != 0, dynamic_ncols=True)
-        if rank == 0:
-            for name in ("metrics.jsonl", "samples.jsonl"):     # drop what a resumed run redoes
-                if (run / name).exists():                # a kill may have cut the last line
-                    lines = (run / name).read_text().splitlines(keepends=True)
-                    write_whole(run / name, "".join(line for line in lines if line.endswith("\n")
-                                                    and json.loads(line)["step"] < step))
-            if cfg.tracker:
-                self.tracker = importlib.import_module(cfg.tracker)
-                self.tracker.init(project="antisd", name=run.name, config=dataclasses.asdict(cfg))
-
-    def append(self, name, row):
-        row = json.loads(json.dumps(row), parse_constant=lambda name: None)      # NaN is not JSON
-        with open(self.run / name, "a") as file:         # ASCII: NUL, emoji and surrogates escaped
-            file.write(json.dumps(row) + "\n")
-
-    def step(self, row, batch, tokenizer):
-        if self.rank != 0:
-            return
-        self.append("metrics.jsonl", row)
-        if self.tracker:
-            self.tracker.log(row, step=row["step"])
-        if row["step"] % self.cfg.sample_every == 0:
-            u = batch.t - batch.s if batch.sources else torch.full_like(batch.s, math.nan)
-            for i in (0, len(batch.rollouts) - 1):
-                r, n = batch.rollouts[i], len(batch.rollouts[i].ids)
-                self.append("samples.jsonl", {
-                    "step": row["step"], "problem_id": r.problem["id"],
-                    "problem": r.problem["problem"], "answer": r.problem["answer"],
-                    "response": r.text, "reward": r.reward, "truncated": r.truncated,
-                    "context": batch.sources[i] if batch.sources else None,
-                    "tokens": tokenizer.convert_ids_to_tokens(r.ids), "u": u[i, :n].tolist(),
-                    "teacher_entropy": batch.entropy_t[i, :n].tolist()})
-            r = batch.rollouts[0]
-            text = r.text if len(r.text) < 1200 else r.text[:600] + " [...] " + r.text[-600:]
-            tqdm.write(f"\n[step {row['step']}: reward {r.reward:.0f}, mean u "
-                       f"{u[0, :len(r.ids)].mean():+.3f}, answer {r.problem['answer']}] {text}\n")
-        teacher = "" if row["teacher_entropy"] is None else (
-            f"H_T {row['teacher_entropy']:.3f}, gate {row['gate']:g}, lambda {row['lam']:g}, ")
-        self.bar.set_postfix_str(
-            f"reward {row['reward']:.3f}, length {row['length']:.0f}, truncated "
-            f"{row['truncated']:.0%}, {teacher}{row['tokens_per_s']:.0f} tok/s")
-        self.bar.update()
-
-    def close(self):
-        self.bar.close()
-        if self.tracker:
-            self.tracker.finish()
-
-
-def peak_memory_gib():
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20    # KiB on Linux
-
-
-def memory_estimate(config, parameters, world, rows, prompt, response, micro_tokens,
-                    checkpointing=False, sharded=False, width=2):
-    """GiB that one GPU needs at most, by purpose; config: the Hugging Face model's text config.
-
-    rows are decoded at once on a GPU, all of them as long as prompt + response; `width` is the
-    compute type's bytes. Activations are an estimate of what backward keeps of gated layers.
-    """
-    c, layers = config, config.num_hidden_layers
-    heads = c.num_attention_heads
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // heads
-    kv = 2 * (getattr(c, "num_key_value_heads", None) or heads) * head_dim
-    expert = getattr(c, "moe_intermediate_size", None)
-    inner = (expert * c.num_experts_per_tok if expert
-             else getattr(c, "intermediate_size", None) or 4 * c.hidden_size)
-    tokens = max(micro_tokens, prompt + response)
-    layer = width * (10 * c.hidden_size + 3 * heads * head_dim + 2 * kv + 4 * inner)     # a token's
-    kept = layer + layers * width * c.hidden_size if checkpointing else layers * layer
-    root = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
-    gathered_at_once = root + 2 * (parameters - root) / layers           # the root and two layers
-    parts = {
-        "state": 16 * parameters / world,         # float32: weights, gradients, AdamW's two moments
-        # for rollouts: weights in the compute type; the cache, and 32 tokens' scores in float32
-        "weights": width * (gathered_at_once if sharded else parameters),
-        "cache": rows * ((prompt + response) * layers * kv * width + 32 * 4 * c.vocab_size),
-        # for training: weights, and gradients until they are summed over the ranks
-        "layers": width * gathered_at_once,
-        "gradients": 4 * (gathered_at_once if sharded or world == 1 else parameters),
-        "activations": tokens * kept,
-        "logits": 4 * 4 * min(2**26, tokens * c.vocab_size)}     # float32: log-softmax, gradients
-    parts = {name: size / 2**30 for name, size in parts.items()}
-    rollout = ("weights", "cache")
-    training = ("layers", "gradients", "activations", "logits")
-    return parts | {"peak": parts["state"] + max(sum(parts[name] for name in rollout),
-                                                 sum(parts[name] for name in training))}
-
-
-def say_memory(cfg, policy, world, device, say):
-    """Prints the estimate, and a warning where the card is smaller."""
-    rows = cfg.problems_per_step // world * cfg.group_size
-    if cfg.rollout_batch:                                # whole groups, at least one
-        rows = min(rows, max(1, cfg.rollout_batch // cfg.group_size) * cfg.group_size)
-    need = memory_estimate(
-        policy.model.config.get_text_config(), sum(p.numel() for p in policy.parameters()), world,
-        rows, cfg.max_prompt_tokens, cfg.max_tokens, cfg.micro_tokens, cfg.gradient_checkpointing,
-        cfg.sampler == "sharded", compute_dtype(cfg, device).itemsize)
-    say("memory per process at most, GiB: {peak:.1f} = state {state:.1f} + the larger of rollouts "
-        "(weights {weights:.1f}, cache {cache:.1f}) and training (layers {layers:.1f}, gradients "
-        "{gradients:.1f}, activations {activations:.1f}, logits {logits:.1f})".format(**need))
-    if device.type == "cuda":
-        card = torch.cuda.get_device_properties(device).total_memory / 2**30
-        if need["peak"] > card:
-            say(f"that is more than the card's {card:.0f} GiB: lower --rollout_batch, "
-                "--micro_tokens or --max_tokens, set --gradient_checkpointing or "
-                "--sampler sharded, or use more GPUs")
-
-
-# --- 10. Start-up (safe to skip) ------------------------------------------------------------------
-
-
-def load_tokenizer(cfg):
-    """The tokenizer of cfg.model and its context in tokens; InputError where it cannot serve."""
-    try:
-        options = dict(trust_remote_code=cfg.trust_remote_code)
-        model_config = AutoConfig.from_pretrained(cfg.model, **options)
-        tokenizer = AutoTokenizer.from_pretrained(cfg.model, **options)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"--model {cfg.model} cannot be loaded, from a folder or the hub "
-                         f"({reason})") from None
-    if not tokenizer.chat_template:
-        raise InputError(f"--model {cfg.model} has no chat template: it must be a chat model")
-    text_config = model_config.get_text_config()
-    return tokenizer, getattr(text_config, "max_position_embeddings", None) or 10**9
+            raise InputError(f"{run} already holds a run: add --resume, or choose another --output")
+        old = json.loads((run / "config.json").read_text())["flags"]
+        if changed := [key for key in flags if key not in FREE and old.get(key) != flags[key]]:
+            raise InputError("--resume with other settings than the run's: " + ", ".join(changed))
+    if cfg.init_from and not checkpoints(cfg.init_from):
+        raise InputError(f"--init_from {cfg.init_from} holds no checkpoint")
+    failed, commit = subprocess.getstatusoutput(
+        f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD")
+    gather(None)                                         # every rank has read the old one
+    if dist.get_rank() == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        write_whole(run / "config.json", json.dumps({
+            "flags": flags, "git": None if failed else commit, "source": checksum(__file__),
+            "torch": torch.__version__, "transformers": transformers.__version__,
+            "world_size": dist.get_world_size()}, indent=1) + "\n")
 
 
 def prepare(cfg, world):
     """Everything that can be wrong and costs little to find out, before any weight is loaded.
 
-    Returns tokenizer, training problems, held-out problems (each with its "prompt" ids), and the
-    longest teacher prompt, in tokens.
+    Returns tokenizer, the folder of the model's files, the longest teacher prompt (tokens), and the
+    training and held-out problems, each with its student's "prompt" ids.
     """
     if cfg.problems_per_step % (world * cfg.updates_per_batch):
         raise InputError(f"--problems_per_step {cfg.problems_per_step} must be a multiple of ranks "
                          f"({world}) x --updates_per_batch ({cfg.updates_per_batch})")
-    if cfg.tracker and not importlib.util.find_spec(cfg.tracker):
-        raise InputError(f"--tracker {cfg.tracker}: pip install {cfg.tracker} first")
-    tokenizer, context = load_tokenizer(cfg)
-    longest, checked = context - cfg.max_tokens, []
-    for path, split, config in ((cfg.dataset, cfg.split, cfg.dataset_config),
-                                (cfg.eval_dataset, None, None)):
-        problems, kept = load_problems(path, split, config=config) if path else [], []
-        for problem in problems:
-            text = problem["problem"]
-            problem["prompt"] = render(tokenizer, student_messages(text), cfg.template_kwargs)
-            bare = render(tokenizer, teacher_messages(text, "...", False), cfg.template_kwargs)
-            if len(problem["prompt"]) <= cfg.max_prompt_tokens and len(bare) <= longest:
-                kept.append(problem)
-        if path and not kept:
-            raise InputError(f"{path}: every problem is longer than --max_prompt_tokens "
-                             f"{cfg.max_prompt_tokens}, or does not fit the model's context of "
-                             f"{context} tokens beside --max_tokens {cfg.max_tokens}")
-        if len(kept) < len(problems) and dist.get_rank() == 0:
-            print(f"{path}: dropped {len(problems) - len(kept)} of {len(problems)} (too long)")
-        checked.append(kept)
-    return tokenizer, *checked, longest
-
-
-def compute_dtype(cfg, device):
-    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"auto": auto, "bfloat16": torch.bfloat16, "float32": torch.float32}[cfg.dtype]
-
-
-def load_policy(cfg, tokenizer, dtype):
-    """cfg.model as a Policy on the CPU, whole; dtype "auto" is the checkpoint's own."""
-    model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=dtype,
-                                                 trust_remote_code=cfg.trust_remote_code)
-    with torch.no_grad():
-        probe = torch.tensor([[0, 1]])
-        ours = model.get_output_embeddings()(model.base_model(input_ids=probe)[0])
-        if not torch.allclose(ours, model(input_ids=probe).logits, equal_nan=True):
-            raise InputError(f"--model {cfg.model} changes its logits after lm_head (soft-capping "
-                             "or scaling); Policy.forward would have to do the same")
-    policy = Policy(model)
-    policy.eos_ids = sorted({*policy.eos_ids, tokenizer.eos_token_id} - {None})
-    if not policy.eos_ids:
-        raise InputError(f"--model {cfg.model} has no end-of-sequence token")
-    return policy
-
-
-def build(cfg, tokenizer, device):
-    """The sharded policy, its optimizer, and the dtype the checkpoint came in."""
-    policy = load_policy(cfg, tokenizer, "auto")
-    if cfg.gradient_checkpointing:
-        policy.model.activation_checkpointing_enable({"use_reentrant": False})
-    source_dtype = policy.model.dtype
-    shard(policy, compute_dtype(cfg, device), device)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.999),  # our choice
-                                  weight_decay=cfg.weight_decay)
-    return policy, optimizer, source_dtype
-
-
-def mean_error(values):
-    """Mean and its standard error over problems: (float, float); a single value has error 0."""
-    error = statistics.stdev(values) / len(values)**0.5 if len(values) > 1 else 0.0
-    return statistics.fmean(values), error
+    tokenizer, context, source = load_tokenizer(cfg.model, cfg.template_kwargs)
+    room = min(cfg.max_prompt_tokens, context - cfg.max_tokens - 100)    # 100: teacher's headings
+    own, sets = cfg.dataset_config or ("all" if cfg.dataset == Config.dataset else None), []
+    for path, split, config in ((cfg.dataset, cfg.split, own), (cfg.eval_dataset, None, None)):
+        problems = load_problems(path, split, config=config) if path else []
+        for p in problems:
+            with one_line(f"{path}: the problem of row {p['id'] + 1} cannot be rendered"):
+                p["prompt"] = render(tokenizer, student_messages(p["problem"]), cfg.template_kwargs)
+                tokenizer.encode(p["solution"] or p["answer"])           # no lone surrogates
+        sets.append([p for p in problems if len(p["prompt"]) <= room])
+        if path and not sets[-1]:
+            raise InputError(f"{path}: no problem fits into the {room} tokens that the model's "
+                             f"context ({context}), --max_tokens and --max_prompt_tokens leave")
+        if len(sets[-1]) < len(problems) and dist.get_rank() == 0:
+            print(f"{path}: dropped {len(problems) - len(sets[-1])} of {len(problems)} (too long)")
+    open_run(cfg, sets)
+    return tokenizer, source, context - cfg.max_tokens, *sets
 
 
 def evaluate(policy, tokenizer, problems, cfg):
-    """Held-out accuracy (mean over problems, eval_samples each) and its standard error."""
-    rank, world, k = dist.get_rank(), dist.get_world_size(), cfg.eval_samples
-    torch.manual_seed(hash((cfg.seed, rank)))    # the same draws at every evaluation
-    rollouts = roll_out(policy, tokenizer, problems[rank::world], k, max_tokens=cfg.max_tokens,
-                        temperature=cfg.eval_temperature, top_p=cfg.eval_top_p,
-                        rollout_batch=cfg.rollout_batch, sampler=cfg.sampler)
-    mine = [statistics.fmean(r.reward for r in rollouts[i:i + k])
-            for i in range(0, len(rollouts), k)]
-    scores = sum(gather(mine), [])
-    accuracy, error = mean_error(scores)
-    return {"eval_accuracy": accuracy, "eval_error": error, "eval_problems": len(scores)}
+    """Held-out accuracy and its standard error; the same draws at every evaluation."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(hash((cfg.seed, rank)))
+    rollouts = roll_out(policy, tokenizer, problems[rank::world], 1, cfg.sampler,
+                        max_tokens=cfg.max_tokens, temperature=0.7, top_p=0.95,
+                        rollout_batch=cfg.rollout_batch)
+    marks = sum(gather([r.reward for r in rollouts]), [])
+    return {"eval_accuracy": statistics.fmean(marks),
+            "eval_error": statistics.pstdev(marks) / len(marks)**0.5}
 
 
 @contextmanager
-def phase(name, seconds):
-    """Adds the time to seconds[name]; where CUDA runs out of memory it says what to lower."""
+def timer(name, row):
     start = time.perf_counter()
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        error.add_note(f"rank {dist.get_rank()} ran out of memory in the {name} phase: lower "
-                       "--rollout_batch (rollout, eval) or --micro_tokens (score, train), set "
-                       "--gradient_checkpointing, or use more ranks")
-        raise
+    yield
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+    row[f"seconds/{name}"] = time.perf_counter() - start
 
 
-class Interrupt:
-    """SIGTERM or SIGINT: the phase in hand is finished and the run saved. A later one kills."""
-
-    def __init__(self):
-        self.first = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.handle)
-
-    def handle(self, number, frame):
-        # Ctrl-C reaches a rank twice, from the terminal and from torchrun: that is one wish
-        if self.first and time.monotonic() - self.first > 2:
-            os._exit(128 + number)
-        self.first = self.first or time.monotonic()
-
-    def asked(self):
-        return any(gather(self.first is not None))       # the same answer on every rank
+def read_lines(file):
+    """The rows of a .jsonl file, without a last line that a kill has cut short; [] without one."""
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-# --- 11. Training: Algorithm 1 --------------------------------------------------------------------
+def append(file, row):
+    """One line of JSON; NaN is not JSON, so null stands for what is not finite."""
+    row = json.loads(json.dumps(row), parse_constant=lambda name: None)
+    with open(file, "a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row) + "\n")
 
 
-def global_mean(values, mask):
-    """Mean of values (N, T) where mask, over ALL ranks; 0 where nothing is."""
-    parts = gather((values[mask].double().sum().item(), int(mask.sum())))
-    total, count = map(sum, zip(*parts))
-    return total / max(1, count)
+def open_records(cfg, step):
+    """Drops from the records what a resumed run does again; returns the tracker, if any."""
+    for file in (Path(cfg.output, "metrics.jsonl"), Path(cfg.output, "samples.jsonl")):
+        rows = [row for row in read_lines(file) if row["step"] < step]
+        write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
+    tracker = importlib.import_module(cfg.tracker) if cfg.tracker else None
+    if tracker:
+        tracker.init(project="antisd", name=cfg.output, config=dataclasses.asdict(cfg))
+    return tracker
 
 
-def global_median(values, mask):
-    """Median over ALL ranks' tokens (our choice: an average of ranks' medians is not a median)."""
-    return float(numpy.median(torch.cat(gather(values[mask].cpu()))))    # torch's: the lower middle
+def record(cfg, row, bar, tracker, rollouts, sources, u, teacher_entropy, tokenizer):
+    """A step's metrics into metrics.jsonl, tracker and progress bar; every tenth step also two
+    rollouts with their u into samples.jsonl, where bugs of templates and rewards show first."""
+    run, step = Path(cfg.output), row["step"]
+    append(run / "metrics.jsonl", row)
+    if tracker:
+        tracker.log(row, step=step)
+    if step == cfg.warmup_steps - 1 and row["h_warm"] is not None and row["h_warm"] < 0.01:
+        tqdm.write(f"H_warm is {row['h_warm']:.4f} nats a token: the gate will react to noise")
+    for i in (0, len(rollouts) - 1) if step % 10 == 0 else ():
+        r, n = rollouts[i], len(rollouts[i].ids)
+        append(run / "samples.jsonl", {
+            "step": step, "problem": r.problem["problem"], "answer": r.problem["answer"],
+            "response": r.text, "reward": r.reward, "truncated": r.truncated,
+            "context": sources[i] if sources else None,
+            "tokens": tokenizer.convert_ids_to_tokens(r.ids),
+            "u": u[i, :n].tolist() if sources else None,
+            "teacher_entropy": teacher_entropy[i, :n].tolist() if sources else None})
+    if step % 10 == 0:
+        text = r.text if len(r.text) < 1200 else r.text[:600] + " [...] " + r.text[-600:]
+        tqdm.write(f"\n[step {step}, reward {r.reward:.0f}] {text}\n")
+    if "eval_accuracy" in row:
+        tqdm.write(f"step {step}: held-out accuracy {row['eval_accuracy']:.3f}")
+    bar.set_postfix_str(f"reward {row['reward']:.3f}, length {row['length']:.0f}, lambda "
+                        f"{row['lam'] or 0:g}, {row['tokens_per_s']:.0f} tok/s")
 
 
-@dataclasses.dataclass
-class Batch:
-    """One step's rows on this rank: N = problems x group_size of them, T the longest response."""
-    rollouts: list
-    sources: list                   # where each row's c came from; empty for grpo
-    mask: torch.Tensor              # (N, T) bool: real response tokens
-    seq_advantages: torch.Tensor    # (N,)
-    t: torch.Tensor                 # (N, T) log pi_T(y_t)
-    entropy_t: torch.Tensor         # (N, T)
-    s: torch.Tensor                 # (N, T) log pi_S(y_t)
-    entropy_s: torch.Tensor         # (N, T)
+def farewell(run):
+    """What happened, from the run's own records: accuracy before and after, the gate's moves."""
+    rows = read_lines(run / "metrics.jsonl")
+    marks = [row for row in rows if row.get("eval_accuracy") is not None]
+    for row in (marks[0], marks[-1]) if marks else ():
+        print(f"step {row['step']}: held-out accuracy {row['eval_accuracy']:.3f} "
+              f"+- {row['eval_error']:.3f}")
+    gates = [(row["step"], row["gate"]) for row in rows if row.get("gate") is not None]
+    if gates:
+        print("the gate " + (", ".join(f"{'opened' if gate else 'shut'} at step {step}" for
+              (_, old), (step, gate) in zip(gates, gates[1:]) if gate != old) or "never opened"))
+    print(f"{run / 'model'} holds the trained model")
 
 
-def update(policy, optimizer, batch, lam, cfg, s_is_known):
-    """Lines 2, 4, 5, 8, 9: cfg.updates_per_batch clipped policy-gradient updates on whole groups.
+def main(run, kind=Config):
+    """The command line. What the user can mend costs one line and exit code 2; a programming error
+    keeps its traceback. Rank 0 locks the output folder, until the process ends in whatever way."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        cfg = parse_config(kind=kind)
+        with one_line(f"cannot write into {cfg.output}, or another process is at work there"):
+            Path(cfg.output).mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(Path(cfg.output, ".lock"), timeout=0)
+            if first:
+                lock.acquire()
+        run(cfg)
+        dist.destroy_process_group()
+    except InputError as error:
+        if not first:                                    # rank 0 mostly says the same, and after
+            time.sleep(5)                                # it torchrun ends this one
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
-    Where s is not known yet it is the training forward's own output, and is stored in the batch.
-    Returns loss, gradient norm (means over the updates) and whether every update was finite; one
-    that is not changes nothing.
+
+# --- 10. Training: Algorithm 1 --------------------------------------------------------------------
+
+
+def token_weights(mask, truncated, loss_agg="token", mask_truncated=False):
+    """What each token counts in the loss: mask (N, T) and truncated (N,), both bool -> (N, T).
+
+    The loss divides by their sum. loss_agg "token": 1 each; "seq": 1 / length, so that every
+    response counts alike and the sum is the number of responses. Our choice: truncated responses
+    stay, unless mask_truncated takes them out of numerator and denominator alike.
     """
-    rollouts, world = batch.rollouts, dist.get_world_size()
+    weights = mask.float()
+    if loss_agg == "seq":                                # our choice: token; the same for every arm
+        weights = weights / mask.sum(1, keepdim=True)
+    return weights * ~truncated[:, None] if mask_truncated else weights
+
+
+def update(policy, optimizer, rollouts, weights, advantages, cfg, known=None):
+    """A clipped policy gradient: cfg.updates_per_batch updates, each on whole groups of rollouts.
+
+    weights (N, T): see token_weights. advantages(rows, s, entropy): a function of row numbers (n),
+    log pi_S and entropies (n, T') of these rows, detached, that returns their per-token advantages.
+    known: the (s, entropy) of the batch where they were scored before; else this forward pass gives
+    them. Returns loss and gradient norm (means over the updates), s's entropy (N, T), and whether
+    all was finite; an update that is not changes nothing.
+    """
+    world = dist.get_world_size()
+    s, entropy = known or (torch.zeros_like(weights), torch.zeros_like(weights))
     policy.train(cfg.gradient_checkpointing)             # Hugging Face ties the one to the other
-    weights = batch.mask.float()
-    if cfg.mask_truncated:           # our choice: off; leaves numerator and denominator alike
-        kept = torch.tensor([not r.truncated for r in rollouts], device=weights.device)
-        weights = weights * kept[:, None]
-    if cfg.loss_agg == "seq":                            # our choice: token; the same for every arm
-        weights = weights / batch.mask.sum(1, keepdim=True)
-    losses, norms = [], []
+    losses, norms, finite = [], [], True
     size = len(rollouts) // cfg.updates_per_batch
     for first in range(0, len(rollouts), size):
-        # of all ranks; for loss_agg "seq" the weights sum to the number of responses
-        num_tokens = sum(gather(weights[first:first + size].sum().item()))
+        num_tokens = sum(gather(weights[first:first + size].sum().item()))   # of all ranks
         lengths = [len(r.problem["prompt"]) + len(r.ids) for r in rollouts[first:first + size]]
-        loss_sum = 0.0
-        micros = as_many_everywhere(micro_batches(lengths, cfg.micro_tokens), [])
+        micros, loss_sum = as_many_everywhere(micro_batches(lengths, cfg.micro_tokens)), 0.0
         for k, micro in enumerate(micros, 1):
-            # gradients are summed over the ranks once, after the last micro-batch, where a rank can
-            # hold them whole till then
-            policy.set_requires_gradient_sync(
-                k == len(micros) or world == 1 or cfg.sampler == "sharded")
+            # one reduction of gradients an update, but for models that no GPU can hold whole
+            policy.set_requires_gradient_sync(k == len(micros) or cfg.sampler == "sharded")
             rows = [first + i for i in micro]
-            ids, predicts = pack([rollouts[i].problem["prompt"] for i in rows],
-                                 [rollouts[i].ids for i in rows], weights.device)
-            logp, entropy = policy(ids, predicts, cfg.temperature)                   # (n, T')
+            logp, H_S = policy(*pack([rollouts[i].problem["prompt"] for i in rows],
+                                     [rollouts[i].ids for i in rows], weights.device),
+                               cfg.temperature)                                      # (n, T')
             at = (rows, slice(logp.shape[1]))
-            if rows and not s_is_known:
-                batch.s[at], batch.entropy_s[at] = logp.detach(), entropy
-            u = batch.t[at] - batch.s[at]                                            # Eq. (4)
-            advantages = token_advantages(batch.seq_advantages[rows], u, lam, cfg.method,
-                                          cfg.compose)                               # Eq. (2), (6)
+            if rows and not known:                       # line 2
+                s[at], entropy[at] = logp.detach(), H_S
             # an idle rank has no rows: a loss of 0, whose backward takes part in the reduction
-            loss = policy_loss(logp, batch.s[at], advantages, weights[at], num_tokens or 1.0,
-                               cfg.clip)
+            loss = policy_loss(logp, s[at], advantages(rows, s[at], entropy[at]), weights[at],
+                               num_tokens or 1.0, cfg.clip)
             (loss * world).backward()                    # FSDP averages over ranks; this undoes it
             loss_sum += loss.item()
-        norm = nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm).full_tensor().item()
+        norms.append(nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+                     .full_tensor().item())
         losses.append(sum(gather(loss_sum)))
-        norms.append(norm)
-        if math.isfinite(losses[-1]) and math.isfinite(norm) and num_tokens:
+        if not (math.isfinite(losses[-1]) and math.isfinite(norms[-1])):
+            finite = False
+        elif num_tokens:
             optimizer.step()
         optimizer.zero_grad()
-    loss, norm = statistics.mean(losses), statistics.mean(norms)
-    return loss, norm, math.isfinite(loss) and math.isfinite(norm)
+    return statistics.mean(losses), statistics.mean(norms), entropy, finite
 
 
-def summary(batch, cfg):
+def summary(rollouts, sources, mask, a_seq, u, student_entropy, teacher_entropy, cfg):
     """The step's metrics over all ranks: sums and counts are gathered, then divided once."""
-    facts = [(r.reward, len(r.ids), r.truncated) for r in batch.rollouts]
-    rewards, lengths, truncated = zip(*sum(gather(facts), []))
-    whole = [len(r.problem["prompt"]) + len(r.ids) for r in batch.rollouts]
-    micros = micro_batches(whole, cfg.micro_tokens)
-    padded = sum(gather(sum(len(rows) * whole[rows[0]] for rows in micros)))
-    drawn = torch.zeros_like(batch.s)
-    for i, r in enumerate(batch.rollouts):
-        drawn[i, :len(r.logp)] = torch.tensor(r.logp)
+    facts = sum(gather([(r.reward, len(r.ids), r.truncated) for r in rollouts]), [])
+    rewards, lengths, truncated = zip(*facts)
     complete = [reward for reward, cut in zip(rewards, truncated) if not cut]
     groups = [rewards[i:i + cfg.group_size] for i in range(0, len(rewards), cfg.group_size)]
-    mask, u = batch.mask, batch.t - batch.s
-    row = {"reward": statistics.fmean(rewards),
-           "reward_complete": statistics.fmean(complete) if complete else None,
-           "length": statistics.fmean(lengths), "truncated": statistics.fmean(truncated),
-           "padding": 1 - sum(gather(sum(whole))) / padded,
-           "rollout_gap": global_mean((drawn - batch.s).abs(), batch.mask),
-           "zero_std_groups": statistics.fmean(len(set(group)) == 1 for group in groups),
-           "seq_adv_abs": global_mean(batch.seq_advantages.abs()[:, None].expand_as(mask), mask),
-           "student_entropy": global_mean(batch.entropy_s, mask),
-           "student_entropy_median": global_median(batch.entropy_s, mask)}
     of_teacher = {"u_mean": global_mean(u, mask), "u_negative": global_mean((u < 0).float(), mask),
                   "phi_abs": global_mean(METHODS[cfg.method](u).abs(), mask),
-                  "teacher_entropy": global_mean(batch.entropy_t, mask),
-                  "teacher_entropy_median": global_median(batch.entropy_t, mask)}
-    row |= of_teacher if batch.sources else dict.fromkeys(of_teacher)
-    sources = sum(gather(batch.sources), [])
-    return row | {f"context/{name}": sources.count(name) / len(rewards)
-                  for name in ("sibling", "solution", "answer")}
+                  "teacher_entropy": global_mean(teacher_entropy, mask),
+                  "teacher_entropy_median": global_median(teacher_entropy, mask)}
+    shown = sum(gather(sources), [])
+    return {"reward": statistics.fmean(rewards),
+            "reward_complete": statistics.fmean(complete) if complete else None,
+            "length": statistics.fmean(lengths), "truncated": statistics.fmean(truncated),
+            "zero_std_groups": statistics.fmean(len(set(group)) == 1 for group in groups),
+            "seq_adv_abs": global_mean(a_seq.abs()[:, None].expand_as(mask), mask),
+            "student_entropy": global_mean(student_entropy, mask),
+            **(of_teacher if sources else dict.fromkeys(of_teacher)),
+            **{f"context/{name}": shown.count(name) / len(rewards)
+               for name in ("sibling", "solution", "answer")}}
 
 
 def train(cfg):
     """Runs Algorithm 1 for cfg.steps steps; everything it makes lies in cfg.output."""
     rank, world, device = setup()
-    say = tqdm.write if rank == 0 else lambda text: None
-    tokenizer, problems, held_out, longest = prepare(cfg, world)
-    run = on_rank_0(open_run, cfg)
-    policy, optimizer, source_dtype = build(cfg, tokenizer, device)
-    say_memory(cfg, policy, world, device, say)
+    tokenizer, source, longest, problems, held_out = prepare(cfg, world)
+    policy, optimizer = build(cfg, tokenizer, device)
     gate = EntropyGate(cfg.warmup_steps, cfg.tau_down)
     statistic = {"mean": global_mean, "median": global_median}[cfg.gate_stat]
-    now = {"step": 0, "position": 0, "skipped_updates": 0, "failures": 0,
-           "gate": gate.state_dict()}
-    now = restore(cfg, run, policy, optimizer, now)
+    now = restore(cfg, policy, optimizer, {"step": 0, "position": 0, "skipped_updates": 0,
+                                           "failures": 0, "gate": gate.state_dict()})
     gate.load_state_dict(now["gate"])
-    log = Log(cfg, run, now["step"], rank)
-    interrupt, finished = Interrupt(), False
-    share = cfg.problems_per_step // world               # of the step's problems, for this rank
+    run, share = Path(cfg.output), cfg.problems_per_step // world        # problems of this rank
+    tracker = open_records(cfg, now["step"]) if rank == 0 else None
+    bar = tqdm(range(now["step"], cfg.steps), initial=now["step"], total=cfg.steps,
+               disable=rank > 0, dynamic_ncols=True)
 
-    while not interrupt.asked():
-        step, seconds = now["step"], {}
+    for step in bar:
         row = {"step": step}
-        finished = step >= cfg.steps
-        if held_out and (step == 0 or finished or cfg.eval_every and step % cfg.eval_every == 0):
-            with phase("eval", seconds):
+        if held_out and step % cfg.eval_every == 0:
+            with timer("eval", row):
                 row |= evaluate(policy, tokenizer, held_out, cfg)
-            say("step {step}: held-out accuracy {eval_accuracy:.3f} +- {eval_error:.3f} (standard "
-                "error over {eval_problems} problems)".format(**row))
-        if finished:
-            break
 
         # line 1: y ~ pi_S(.|x) and R(x, y). Seeding right here makes a resumed run draw the same;
         # tuples of integers hash alike in every process
-        started = time.perf_counter()
         mine = next_problems(problems, now["position"], cfg.problems_per_step, cfg.seed)
         mine = mine[rank * share:(rank + 1) * share]
         torch.manual_seed(hash((cfg.seed, step, rank)))
-        with phase("rollout", seconds):
-            rollouts = roll_out(policy, tokenizer, mine, cfg.group_size, max_tokens=cfg.max_tokens,
-                                temperature=cfg.temperature, rollout_batch=cfg.rollout_batch,
-                                sampler=cfg.sampler)
+        started = time.perf_counter()
+        with timer("rollout", row):
+            rollouts = roll_out(policy, tokenizer, mine, cfg.group_size, cfg.sampler,
+                                max_tokens=cfg.max_tokens, temperature=cfg.temperature,
+                                rollout_batch=cfg.rollout_batch)
         prompts, responses = [r.problem["prompt"] for r in rollouts], [r.ids for r in rollouts]
-        rewards = torch.tensor([r.reward for r in rollouts], device=device)          # (N,)
-        lengths = torch.tensor([len(ids) for ids in responses], device=device)
+        rewards, truncated, lengths = (torch.tensor(column, device=device) for column in zip(
+            *((r.reward, r.truncated, len(r.ids)) for r in rollouts)))               # (N,)
+        a_seq = group_advantages(rewards, cfg.group_size)                            # (N,)
         mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]    # (N, T)
-        batch = Batch(rollouts, [], mask, group_advantages(rewards, cfg.group_size),
-                      *(torch.zeros(mask.shape, device=device) for _ in range(4)))
-        if interrupt.asked():
-            break
 
-        # lines 3, 6: log pi_T(y_t) and the entropies of pi_T: the same weights, c in the prompt
-        with phase("score", seconds):
+        # line 3: log pi_T(y_t) and the teacher's entropies: the same weights, c in the prompt
+        t, H_T, u = (torch.zeros(mask.shape, device=device) for _ in range(3))       # (N, T)
+        sources, known = [], None
+        with timer("score", row):
             if cfg.method != "grpo":
-                views, batch.sources = teacher_prompts(tokenizer, rollouts, cfg, longest,
-                                                       now["position"] + rank * share)
-                batch.t, batch.entropy_t = score(policy, views, responses, cfg.micro_tokens,
-                                                 cfg.temperature)
-            if cfg.method == "no_teacher":
-                batch.t = torch.zeros_like(batch.t)      # log pi_T := 0, so u = -s
-            # line 2 usually waits for the training forward, whose log-probs are s; not here:
-            s_is_known = (cfg.updates_per_batch > 1
-                          or cfg.method in GATED and cfg.gate_source == "student")
-            if s_is_known:
-                batch.s, batch.entropy_s = score(policy, prompts, responses, cfg.micro_tokens,
-                                                 cfg.temperature)
-        if interrupt.asked():
-            break
+                views, sources = teacher_prompts(
+                    tokenizer, rollouts, cfg.group_size, cfg.template_kwargs, longest, cfg.seed,
+                    now["position"] + rank * share)
+                t, H_T = score(policy, views, responses, cfg.micro_tokens, cfg.temperature)
+            # line 2, s = log pi_S(y_t), is update's own forward pass, but where it is needed before
+            if cfg.updates_per_batch > 1 or cfg.method in GATED and cfg.gate_source == "student":
+                known = score(policy, prompts, responses, cfg.micro_tokens, cfg.temperature)
+        if cfg.method == "no_teacher":
+            t = torch.zeros_like(t)                      # log pi_T := 0
 
-        # line 7: one gate for all ranks, on every token of all of them
-        lam = 0.0 if cfg.method == "grpo" else cfg.lam
+        # lines 6, 7: one gate for all ranks, on every token of all of them
+        g, lam = None, cfg.lam if cfg.method != "grpo" else 0.0
         if cfg.method in GATED:
-            entropy = batch.entropy_t if cfg.gate_source == "teacher" else batch.entropy_s
-            entropy = statistic(entropy, mask)
-            calibrated = gate.h_warm is not None
-            lam = cfg.lam * gate.update(entropy) if math.isfinite(entropy) else 0.0  # Eq. (7)
-            if not calibrated and gate.h_warm is not None and gate.h_warm < 0.01:
-                say(f"H_warm is {gate.h_warm:.4f} nats a token: the gate will react to noise")
+            g = gate.update(statistic(H_T if cfg.gate_source == "teacher" else known[1], mask))
+            lam = g * cfg.lam                                                        # Eq. (7)
 
-        # lines 2, 4, 5, 8, 9: s, u, phi, A and the update
-        for group in optimizer.param_groups:
+        def advantages(rows, s, H_S):    # of these rows: log pi_S and entropies, (n, T') each
+            at = (rows, slice(s.shape[1]))
+            u[at] = t[at] - s                                                # line 4, Eq. (4)
+            return token_advantages(a_seq[rows], u[at], lam, cfg.method,     # lines 5, 8, Eq. (2)
+                                    cfg.compose)
+
+        # lines 2, 9
+        for group in optimizer.param_groups:             # --init_from brings the old run's
             group["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup_lr_steps))
-            group["weight_decay"] = cfg.weight_decay     # --init_from brings the old run's
-        with phase("train", seconds):
-            loss, norm, finite = update(policy, optimizer, batch, lam, cfg, s_is_known)
-        now["failures"] = failures = 0 if finite else now["failures"] + 1
-        now |= {"step": step + 1, "position": now["position"] + cfg.problems_per_step,
-                "gate": gate.state_dict(), "skipped_updates": now["skipped_updates"] + (not finite)}
+            group["weight_decay"] = cfg.weight_decay
+        weights = token_weights(mask, truncated, cfg.loss_agg, cfg.mask_truncated)
+        with timer("train", row):
+            loss, norm, H_S, finite = update(policy, optimizer, rollouts, weights, advantages, cfg,
+                                             known)
 
-        row |= summary(batch, cfg) | {
-            "gate": gate.g, "h_warm": gate.h_warm, "lam": lam, "loss": loss, "grad_norm": norm,
-            "lr": optimizer.param_groups[0]["lr"], "skipped_updates": now["skipped_updates"],
-            "grader/timeouts": sum(gather(grader_timeouts()))}
-        # three in a row may mean that the state is spoilt: it is saved, but evicts no good one
-        if failures >= 3 or not failures and cfg.save_every and now["step"] % cfg.save_every == 0:
-            with phase("save", seconds):
-                save_checkpoint(run, policy, optimizer, now, cfg.keep + (failures >= 3))
-        row |= {"tokens_per_s": row["length"] * cfg.group_size * cfg.problems_per_step
-                / (time.perf_counter() - started), "peak_memory_gib": peak_memory_gib(),
-                **{f"seconds/{name}": seconds.get(name, 0.0)
-                   for name in ("rollout", "score", "train", "save", "eval")}}
-        log.step(row, batch, tokenizer)
-        if failures >= 3:
-            ids = sorted(sum(gather([p["id"] for p in mine]), []))
-            good = [p.name for p in checkpoints(run) if p.name <= f"step-{step - 2:06d}"]
-            raise InputError(f"three updates in a row were not finite, up to step {step} (problems "
-                             f"{ids}); state saved in {run}, last good checkpoint: "
-                             f"{good[-1] if good else 'none'}")
+        now = {"step": step + 1, "position": now["position"] + cfg.problems_per_step,
+               "skipped_updates": now["skipped_updates"] + (not finite),
+               "failures": 0 if finite else now["failures"] + 1, "gate": gate.state_dict()}
+        row |= summary(rollouts, sources, mask, a_seq, u, H_S, H_T, cfg) | {
+            "gate": g, "h_warm": gate.h_warm, "lam": lam if sources else None, "loss": loss,
+            "grad_norm": norm, "lr": group["lr"], "skipped_updates": now["skipped_updates"],
+            "tokens_per_s": sum(gather(int(lengths.sum()))) / (time.perf_counter() - started),
+            "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30
+            if device.type == "cuda" else None}
+        if rank == 0:
+            record(cfg, row, bar, tracker, rollouts, sources, u, H_T, tokenizer)
+        if now["failures"] == 3:
+            raise InputError(f"three updates in a row were not finite, up to step {step}; the last "
+                             f"checkpoint is {[*map(str, checkpoints(run)), 'none'][-2:][0]}")
+        due = cfg.save_every and (now["step"] % cfg.save_every == 0 or now["step"] == cfg.steps)
+        if due and finite:
+            save_checkpoint(run, policy, optimizer, now)
+        if cfg.export_every and now["step"] % cfg.export_every == 0:
+            export_model(run / f"model-{now['step']:06d}", policy, source)
 
-    log.close()
-    saved = True
-    # a stop always saves; so does the end, where the last step did not
-    if not finished or cfg.save_every and (now["step"] % cfg.save_every or now["failures"]):
-        saved = save_checkpoint(run, policy, optimizer, now, cfg.keep)
-    if not finished:
-        say(f"stopped before step {now['step']}; the same command with --resume continues"
-            + (" from the last checkpoint" if not saved else ""))
-        return
-    export_model(run / "model", policy, tokenizer, source_dtype)
-    say(f"{run / 'model'} holds the trained model")
-    if held_out and rank == 0:
-        log.append("metrics.jsonl", row)                 # the learning curve's last point
-
-
-def main(run):
-    """The command line: one line and exit code 2 for what the user can mend."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    try:
-        run()
-        if dist.is_initialized():                        # after an error it might wait for others
-            dist.destroy_process_group()
-    except InputError as error:                          # every rank has it: one prints it
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    last = {"step": cfg.steps} | evaluate(policy, tokenizer, held_out, cfg) if held_out else {}
+    export_model(run / "model", policy, source)
+    if rank == 0:
+        if last:
+            append(run / "metrics.jsonl", last)          # the learning curve's last point
+        farewell(run)
 
 
 if __name__ == "__main__":
-    main(lambda: train(parse_config()))
+    main(train)
