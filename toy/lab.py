@@ -74,7 +74,7 @@ MAP = (15, 25, 30, 37)                  # and of the map's other bases
 for percent in MAP:
     for method in ("grpo", "antisd"):
         ARMS[f"{method}_{percent}"] = (f"--method {method} --model {{runs}}/base_{percent}/model"
-                                       + " --steps 100" * (method == "grpo"))
+                                       + " --steps 75" * (method == "grpo"))
 
 # The fork that is "undecided": the one line of `train` where u is formed. A token on which the
 # student's entropy is below a tenth of a nat gets no AntiSD term.
@@ -222,18 +222,18 @@ def run(arms, seeds, jobs, source):
         subprocess.run(["rm", "-rf", str(folder)], check=True)
         folder.mkdir()
         with open(folder / "log.txt", "w") as log:
-            ended = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
+            ended = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+                                   start_new_session=True,
                                    env=os.environ | {"OMP_NUM_THREADS": "1"})
         if ended.returncode:
             print(f"{arm} {seed} failed, see {folder / 'log.txt'}", flush=True)
             return
         with lock:
-            new = not RESULTS.exists()
-            with open(RESULTS, "a", newline="") as stream:
-                writer = csv.writer(stream, lineterminator="\n")
-                if new:
-                    writer.writerow(["arm", "seed", "step", *COLUMNS])
-                writer.writerows(condensed(arm, seed))
+            lines = [] if RESULTS.exists() else [["arm", "seed", "step", *COLUMNS]]
+            lines += condensed(arm, seed)
+            text = "".join(",".join(map(str, cells)) + "\n" for cells in lines)
+            with open(RESULTS, "ab", buffering=0) as stream:     # whole, should two labs run at once
+                stream.write(text.encode())
         print(f"{arm} {seed} is done", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:

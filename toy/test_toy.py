@@ -1,0 +1,111 @@
+"""Tests of the toy: its base, its grammar and the lab's bookkeeping. `python -m pytest -q toy`"""
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+TOY = Path(__file__).resolve().parent
+sys.path[:0] = [str(TOY), str(TOY.parent)]
+import lab  # noqa: E402
+import make_toy  # noqa: E402
+from antisd import is_correct  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TOY / "model")
+
+
+def problems(count, seed=7):
+    rng = random.Random(seed)
+    return [make_toy.make_problem(rng) for _ in range(count)]
+
+
+def test_every_solution_that_the_warm_up_shows_is_right_and_survives_the_tokenizer(tokenizer):
+    rng = random.Random(0)
+    for q in problems(60):
+        for kind in make_toy.SOLUTIONS:
+            text = make_toy.solution(q, kind, rng)
+            assert is_correct(text, q["answer"])
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            assert tokenizer.unk_token_id not in ids
+            again = tokenizer.decode(ids, skip_special_tokens=True)
+            assert tokenizer.encode(again, add_special_tokens=False) == ids
+
+
+def test_a_short_solution_is_right_by_luck_at_the_first_such_place():
+    q = {"problem": "", "terms": [1, 0, 2, 3, 0, 0, 0, 0, 0], "answer": "1"}
+    words = make_toy.solution(q, "short", random.Random(0)).split()
+    assert words[:4] == ["start", "A", "1", "so"]
+
+
+def test_what_the_loss_is_taken_on(tokenizer):
+    rng, slips, choices = random.Random(3), 0, 0
+    so = tokenizer.convert_tokens_to_ids("so")
+    for _ in range(60):
+        ids, labels, others, weights = make_toy.example(tokenizer, rng, set(), 0.3, 0.1, False)
+        assert len(ids) == len(labels) == len(others) == len(weights)
+        start = ids.index(tokenizer.convert_tokens_to_ids("assistant")) + 1
+        assert set(labels[:start]) == {-100}
+        slips += labels[start:].count(-100)
+        for y, other, weight in zip(labels, others, weights):
+            if other != -100:                            # a choice: both of its sides are taught
+                assert other == so and y != so and weight in (0.3, 0.1)
+                choices += 1
+            else:
+                assert weight == 1.0
+    assert slips and choices
+
+
+def test_the_shipped_base_is_right_at_every_depth_and_a_spoilt_one_is_found(tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(TOY / "model", dtype=torch.float32).eval()
+    arguments = (tokenizer, problems(72), 0.2, 0.06)
+    assert make_toy.check(model, *arguments, random.Random(0)) == []
+    with torch.no_grad():                                # one head of the last layer is lost
+        model.model.layers[-1].self_attn.o_proj.weight[:, :32] = 0
+    assert make_toy.check(model, *arguments, random.Random(0))
+
+
+def test_the_warm_up_is_the_same_twice(tokenizer):
+    weights = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = make_toy.make_model(tokenizer)
+        make_toy.warm_up(model, tokenizer, random.Random(0), set(), 0.3, 0.1, 2, 1, 1.0)
+        weights.append(model.lm_head.weight.detach().clone())
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("response, kinds", [
+    ("start A 1 so the answer is \\boxed{ 1 } <|im_end|>",
+     ["fixed", "fixed", "term", "so"] + ["fixed"] * 4 + ["early box", "fixed", "fixed"]),
+    ("start A 1 wait B 2 makes 4 so", ["fixed", "fixed", "term", "go on", "fixed", "term", "fixed",
+                                       "slip", "so"]),
+    ("start A 2 wait B 2 makes 4", ["fixed", "fixed", "misread term", "go on", "fixed", "term",
+                                    "fixed", "sum"]),      # a sum of what stands there is right
+    ("start A 1 wait wait B 2", ["fixed", "fixed", "term", "go on"] + ["garbage"] * 3),
+])
+def test_the_kinds_of_a_response(response, kinds):
+    assert lab.kinds_of(response.split(), "Sum modulo 5 of B2 A1 C0.") == kinds
+
+
+def test_a_whole_chain_has_no_early_so():
+    q = problems(1)[0]
+    kinds = lab.kinds_of((q["solution"] + " <|im_end|>").split(), q["problem"])
+    assert kinds.count("go on") == kinds.count("sum") == make_toy.LAST
+    assert "last so" in kinds and "box" in kinds and not {"so", "early box", "garbage"} & {*kinds}
+
+
+def test_the_fork_finds_its_line():
+    assert (TOY.parent / "antisd.py").read_text().count(lab.FORK[0]) == 1
+
+
+def test_steps_and_medians_of_runs_that_never_get_there():
+    rows = [{"step": i, "eval_accuracy": x} for i, x in enumerate([0.2, None, 0.85, 0.9])]
+    assert lab.steps_to(rows, 0.85) == 2 and lab.steps_to(rows, 0.95) is None
+    runs = [{"to85": step, "length of run": 100} for step in (30, None, 40, None, None)]
+    assert lab.median(runs, "to85") == ">=100" and lab.median(runs[:3], "to85") == "40"
