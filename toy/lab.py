@@ -40,7 +40,7 @@ WORDS = ("wait", "hmm", "but", "maybe")
 STEPS = 50
 ARMS = {
     "grpo": "--method grpo --steps 100",
-    "antisd": "--steps 80",
+    "antisd": "--steps 60",
     "sd": "--method sd",
     "sd_jsd": "--method sd_jsd",
     "antisd_kl": "--method antisd_kl",
@@ -61,8 +61,8 @@ ARMS = {
     "unsolvable": "--dataset {runs}/unsolvable.jsonl",
     "unsolvable_no_gate": "--tau_down 0 --dataset {runs}/unsolvable.jsonl",
     # three times as long
-    "long": "--steps 165",
-    "long_no_gate": "--tau_down 0 --steps 165",
+    "long": "--steps 180",
+    "long_no_gate": "--tau_down 0 --steps 180",
     # the gate's statistic is a mean over fewer or more tokens
     "batch_8": "--problems_per_step 8",
     "batch_8_no_gate": "--problems_per_step 8 --tau_down 0",
@@ -381,7 +381,7 @@ STEP, OWN = 0.3, 0.5
 def simulate(go_on, method, steps, runs=60, lam=0.5, problems=32, group=8):
     """Held-out accuracy (steps, runs) of a policy that is nothing but its 8 choices.
 
-    The logit of P(go on) at depth k is a + b_k, the teacher's the same less a constant (0.3 times
+    The logit of P(go on) at depth k is a + b_k, the teacher's the same less a constant (half of
     the probability at the start). 256 chains a step are drawn, graded (whole: right; else right by
     luck, 1 in 5, the same for all of a group that stop there), A_seq and Eq. (6) computed, and a
     and b_k moved by Adam. GRPO is then a random walk, whose drift at depth k is that of p^8; what
@@ -389,7 +389,7 @@ def simulate(go_on, method, steps, runs=60, lam=0.5, problems=32, group=8):
     import numpy as np
     depths, rng = 8, np.random.default_rng(0)
     start = np.log(go_on / (1 - go_on))
-    shift = np.log(0.3 * go_on / (1 - 0.3 * go_on)) - start
+    shift = np.log(go_on / (2 - go_on)) - start
     weights, m, v = (np.zeros((runs, 1 + depths)) for _ in range(3))         # a, b_1 .. b_8
     rates = STEP * np.array([1 - OWN] + [OWN] * depths)
     gate, warm, curve, k = np.ones(runs), [], [], np.arange(depths)
