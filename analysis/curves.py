@@ -23,7 +23,7 @@ from antisd import Config, InputError, one_line, read_lines
 FREE = ("seed", "output", "method", "resume", "steps", "tracker", "save_every", "export_every",
         "eval_every", "micro_tokens", "rollout_batch", "sampler", "gradient_checkpointing")
 TERM = ("lam", "compose", "tau_down", "warmup_steps", "gate_stat", "gate_source")
-SAME = ("model", "dataset", "dataset_config", "split", "the problems", "eval_dataset", "lr",
+SAME = ("model", "dataset", "dataset_config", "split", "data", "eval_dataset", "lr",
         "last step", "antisd.py")
 GREY = "#787e87"                                 # of text and axes: legible on white and on black
 COLOURS = ("#8a8f98", "#3b82d6", "#e0604f", "#3f9e6b", "#a06ad0", "#d08b26", "#2aa3ad", "#c75d9b")

@@ -114,8 +114,11 @@ def estimate(config, parameters, gpus, plan):
              or 4 * c.hidden_size) * (getattr(c, "num_experts_per_tok", None) or 1)
     # what backward keeps of one token in one layer
     layer = width * (10 * c.hidden_size + (3 * heads + 4 * kv_heads) * head_dim + 4 * inner)
-    kept = (layer + c.num_hidden_layers * width * c.hidden_size if plan.gradient_checkpointing
-            else c.num_hidden_layers * layer)            # checkpointing: a layer, every one's input
+    # of all layers: after the forward pass, where the logits are computed, and at most. With
+    # checkpointing that is each layer's input, and later one layer, recomputed
+    inputs = c.num_hidden_layers * width * c.hidden_size
+    kept, most = ((inputs, inputs + layer) if plan.gradient_checkpointing
+                  else 2 * [c.num_hidden_layers * layer])
     micro = max(plan.micro_tokens, tokens)               # a longer row is a micro-batch of its own
     parts = {
         "state": 12 * parameters / gpus,                 # float32: weights, AdamW's two moments
@@ -125,19 +128,19 @@ def estimate(config, parameters, gpus, plan):
         # float32: whole until the last micro-batch, where each layer's are summed over the ranks;
         # sharded sums every micro-batch's
         "gradients": 4 * (parameters / gpus + some if sharded else parameters),
-        "activations": micro * kept,
-        # at most 2^26 at a time, float32: their log-softmax, its gradient, and that of the logits
-        "logits": 3 * 4 * min(2**26, 1024 * c.vocab_size, micro * c.vocab_size),
+        "activations": micro * most,
+        # a chunk at a time, float32: log pi, and pi, a copy and a product for the entropy
+        "logits": 4 * 4 * min(2**26, 1024 * c.vocab_size, micro * c.vocab_size),
         "step": 8 * parameters / gpus}                   # the split gradients, and AdamW's roots
     parts = {name: size / 2**30 for name, size in parts.items()}
-    decoding, training = ("weights", "cache"), ("layers", "gradients", "activations", "logits")
+    training = parts["layers"] + parts["gradients"] + max(
+        parts["activations"], micro * kept / 2**30 + parts["logits"])
     # every process reads the whole checkpoint: a dense one is mapped, so that a machine holds one
     # copy of it in its file cache; experts are put together in every process's own memory
     stored = (c.dtype or torch.bfloat16).itemsize
     copies = min(gpus, 8) if getattr(c, "num_experts_per_tok", None) else 1
     return parts | {
-        "peak": parts["state"] + max(sum(parts[name] for name in phase)
-                                     for phase in (decoding, training, ("step",))),
+        "peak": parts["state"] + max(parts["weights"] + parts["cache"], training, parts["step"]),
         "host: load": copies * stored * parameters / 2**30,
         # the first rank gathers all of it in float32 and converts that
         "host: export": (4 + stored) * parameters / 2**30}
