@@ -36,6 +36,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import logging
 import math
 import os
 import random
@@ -48,6 +49,7 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Literal
@@ -254,27 +256,59 @@ def teacher_prompts(tokenizer, rollouts, group_size, template_kwargs, longest, s
 
 # --- 3. The verifiable reward ---------------------------------------------------------------------
 
-PARSERS = [LatexExtractionConfig(boxed_match_priority=-1)]
-TIDY = [(r"\\(?:left|right|displaystyle|[,;:!> ])|\\?\$|~", " "), (r"\^\{?(?:\\circ|°)\}?|°", ""),
-        (r"(?<=\d)(?:\{,\}|,)(?=\d{3}(?!\d))", ""),      # 3,159 but not (3,159): see is_correct
-        (r"(?<=\d)\s*\\(?:text|mathrm|mbox)\{[^{}]*\}.*$", ""), (r"\\?%$", ""), (r"[−–]", "-")]
-HUGE = re.compile(r"\^\s*\{?[^{}]*\^|\^\{?\s*-?\d{4}|\d{60}|\d{4,}\s*!|!\s*!")   # would hang sympy
+LATEX = [LatexExtractionConfig(boxed_match_priority=-1, normalization_config=NormalizationConfig(
+    basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none",
+    equations=False))]
+# what would keep a computer algebra system busy: towers of powers, big exponents and factorials,
+# sums; and what it misreads: ratios, and digits in another base
+REFUSED = re.compile(r"\^\W*\w*\W*\^|\^[^^]*[)}]\s*\^|\^\W*\d{4}|\)\s*\^\W*\d{3}|\d{60}"
+                     r"|\d{4}\W*!|!\W*!|\d_|[?:]|binom\D*\d{4}|(?:[({\[][^)}\]]*){12}"
+                     r"|\\(?:sum|prod|i*nt|lim)(?![a-z])")
+UNIT = (r"(?!\W*(?:\w*illion|thousand|hundred|dozen|not|is|if|or|and|than|to|[eidxyzn])s?\b)"
+        r"[A-Za-z][^{}\d,?=+-]{0,30}(?:\^\{?-?\d\}?)?")
+SPELLINGS = [(re.compile(pattern), replacement) for pattern, replacement in (
+    # marks without a value go, and signs get their LaTeX name
+    ("[⁻⁰¹²³⁴-⁹]+", lambda m: "^{" + unicodedata.normalize("NFKC", m[0]) + "}"),
+    ("[！-～]", lambda m: unicodedata.normalize("NFKC", m[0])),                # full width
+    ("[−–]", "-"), (r"×|·|\\cdot", r"\\times "), ("√", r"\\sqrt "), ("π", r"\\pi "),
+    ("[、；;&]", ","), (r"\\?%", r"\\%"), (r"\\\\(?:\[\w+\])?", ",row,"), (r"\\[{}]", ""),
+    (r"\\begin\{\w*matrix\}", "("), (r"\\end\{\w*matrix\}", ")"),
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|boldsymbol|bf|[lL]arge|color\{\w+\})(?![a-z])"
+     r"|\\?\$|\*\*|\^\{?\s*(?:\\circ|°)\s*\}?|\\degree|°", ""),
+    (r"\\(?:text|math|mbox|operatorname)(?!bb|cal)[a-z]*\s*\{", r"\\text{"),
+    # 3{,}159 and 3\,159 and 3 159 and 3,159, but not (3,159), are one number; then units
+    (r"(?<=\d)(?:\{,\}|,?\s*\\!\s*|\\,|[ ~])(?=\d{3}(?!\d))", ""), (r"\\[,:;!> ]|~|\s+", " "),
+    (r"(?<![\d,.([{])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", "")),
+    (r"[\s,]*(?:\\text\{,?\s*(?:or|and)\s*\}|\b(?:or|and)\b)", ","),
+    (rf"(?<=[\w)}}.%])(?:[\s/]*\\text\{{\s*{UNIT}\s*\}}(?:\^\{{?-?\d\}}?)?)+", ""),
+    (r"\\text\{([^{}]*)\}", r" \1 "), (r"\(?(\d+)\)?_\{?\s*(\d+)\s*\}?", r"\1_\2"),
+    (r"([A-Za-z])_(\w)", r"\1_{\2}"),
+    # 1 3/4, 4.5e33, decimals as fractions, sqrt(2), arctan, x'
+    (r"(\d) +(\d+)/(\d+)", r"\1\\frac{\2}{\3}"), (r"(?<=\d) +(?=\d)", ","),
+    (r"(?<=\d)\s*(?:[eE]\+?|x\s*10\^)\{?(-?\d+)\}?", r" \\times 10^{\1}"),
+    (r"(?<=\d)\.0*(?!\d)", ""),
+    (r"(?<![\d.])(\d*)\.(\d+)", lambda m: rf"\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}}"),
+    (r"(?:np\.)?(?<![\\a-z])(arc[a-z]+|sqrt|pi)(?![a-z])", r"\\\1"),
+    (r"\\sqrt\s*\(?(\d+)\)?", r"\\sqrt{\1}"),
+    (r"([A-Za-z])(?:'|\^\{?\s*\\prime\s*\}?)", r"\1_{1}"), (r"([^,]*)\\pm([^,]*)", r"\1+\2,\1-\2"),
+    (r"^[({]+([^(),{}]*)[)}]+$", r"\1"))]
 
 
 def final_part(text):
-    """What follows the last thought; "" where a thought is still open."""
-    tail = text.rpartition("</think>")[2]
-    return "" if "<think>" in tail else tail.strip()
+    """What follows the last thought, stripped; "" where a thought is still open."""
+    tail = text.rpartition("</think>")[2].strip()
+    return "" if "<think>" in tail else tail
 
 
 def extract_boxed(text):
-    r"""What the last complete \boxed{...} or \fbox{...} after </think> holds, or None."""
-    text = final_part(text)
-    opened, box = [], None               # for each open brace: where its box starts, or None
-    for m in re.finditer(r"\\(?:boxed|fbox)\s*(\{)|(?<!\\)\\[{}]|([{}])", text):
-        if m[1] or m[2] == "{":
+    r"""What the last complete \boxed{...} or \fbox{...} after the thoughts holds, or None."""
+    opened, box, text = [], None, final_part(text)       # opened: where the braces' boxes start
+    for m in re.finditer(r"\\(?:boxed|fbox)\s*(?:(\{)|(-?\d+))|(?<!\\)\\[{}]|([{}])", text):
+        if m[2]:
+            box = m[2]                                   # \boxed 5
+        elif m[1] or m[3] == "{":
             opened.append(m.end() if m[1] else None)
-        elif m[2] == "}" and opened and (start := opened.pop()):
+        elif m[3] and opened and (start := opened.pop()):
             box = text[start:m.start()]                  # an outer box closes last
     return box
 
@@ -282,18 +316,48 @@ def extract_boxed(text):
 def is_correct(response, answer):
     """Whether the response's last box equals the reference answer, by math-verify; never raises.
 
-    We extract the box ourselves: math-verify joins several boxes and falls back on prose numbers.
+    The box is ours, because math-verify joins several boxes and falls back on prose numbers.
     """
-    box, answer = extract_boxed(response), answer.strip()
-    if not box or len(box) > max(300, 2 * len(answer)) or HUGE.search(box):
+    gold, box = answer.strip(), (extract_boxed(response) or "").strip()
+    if not 0 < len(box) <= max(300, 2 * len(gold)):
         return False
-    if box.strip().isdecimal() and answer.isdecimal():   # all of DAPO-Math, AIME: no parser needed
-        return int(box) == int(answer)
-    for pattern, replacement in TIDY:
-        box, answer = (re.sub(pattern, replacement, text).strip() for text in (box, answer))
-    # its timeouts are alarms: only the main thread may set them
-    gold, guess = (parse(f"${text}$", PARSERS, parsing_timeout=2) for text in (answer, box))
-    return box == answer or verify(gold, guess, timeout_seconds=2)       # gold comes first
+    if gold.isdecimal() and box.isdecimal():             # all of DAPO-Math and AIME
+        return int(gold) == int(box)
+    decimal = re.search(r"\.\d*[1-9]|\d[eE][+-]?\d", gold)            # is only given to some digits
+    for pattern, replacement in SPELLINGS:
+        gold, box = (pattern.sub(replacement, text).strip().rstrip(".") for text in (gold, box))
+    if not re.search(r"(?<!\\)\b[A-Za-z]", gold):        # letters in the box can only be a unit
+        box = re.sub(rf"(?<=[\d)}}])(?: +{UNIT}|[kcm]?m|kg|s|(?![万亿千百半])[一-龥]+)$", "", box)
+    if "=" not in gold:                                  # labels: x = 4, m + n = 204, x \in [2, 3]
+        exact, sign, rounded = box.partition(r"\approx")
+        if sign:
+            box = rounded if decimal or re.search(r"(?<![\\A-Za-z])[A-Za-z]", exact) else exact
+        box = re.sub(r"(?:^|(?<=,))(?:\([a-z, ]*\)\s*|[^,]*)(?:=|\\in\b)", "", box)
+    elif "=" not in box and re.match(r"\s*\w\s*=", gold):
+        gold = gold.partition("=")[2]                    # x = 9 is answered by 9
+    if gold.replace(" ", "") == box.replace(" ", ""):
+        return True
+    words = [re.sub(r"[\s()]", "", text).casefold() for text in (gold, box)]
+    if re.fullmatch(r"[a-z]{2,}", words[0]):
+        return words[0] == words[1]
+    shapes = [("=" in text, text.count(","), text[:1] + text[-1:] if text[:1] in ("(", "[") else "")
+              for text in (gold, box)]                   # math-verify is lax about all three
+    relation = re.search(r"[<>]|\\[gl]eq?(?![a-z])|\\cup", gold + box)
+    if (re.fullmatch("[A-Z]", gold) or REFUSED.search(gold) or REFUSED.search(box)
+            or not relation and "," in gold + box and shapes[0] != shapes[1]
+            or shapes[0][0] != shapes[1][0]):
+        return False
+    limit = 5 if threading.current_thread() is threading.main_thread() else None     # it is SIGALRM
+    try:
+        gold, *boxes = (
+            parse(f"${text}$".replace(r"\%", ""), LATEX, "no_fallback", parsing_timeout=limit)
+            for text in (gold, box, f"({box})/100")[:2 + (r"\%" in box)])
+        if decimal and gold[0].is_number:
+            return any(bool(abs(gold[0] - b[0]) <= 1e-4 * abs(gold[0])) for b in boxes)
+        return any(verify(gold, b, float_rounding=12, allow_set_relation_comp=True,
+                          timeout_seconds=limit) for b in boxes)
+    except Exception:                                    # whatever it stumbles over is no answer
+        return False
 
 
 # --- 4. The policy: rollouts and log-probabilities from one set of weights ------------------------
@@ -716,10 +780,13 @@ def next_problems(problems, position, count, seed):
 
 def setup():
     """Joins torchrun's process group, or makes one of a single process -> rank, world, device."""
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+    if sys.platform == "linux" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # ranks must not outlive a killed torchrun and write beside the run that is then resumed:
         # option 1 of prctl, PR_SET_PDEATHSIG, has the kernel end them with it
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        # where it died before that, its store is gone, too: fail now, not after a day's timeout
+        dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                      timeout=datetime.timedelta(seconds=10))
     cuda = torch.cuda.is_available()
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
@@ -1126,15 +1193,16 @@ def main(run, kind=Config):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
     first = os.environ.get("RANK", "0") == "0"
     try:
         cfg = parse_config(kind=kind)
         with one_line(f"cannot write into {cfg.output}, or another process is at work there"):
             Path(cfg.output).mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(Path(cfg.output, ".lock"), timeout=0)
-            if first:
-                lock.acquire()
-        run(cfg)
+            lock = filelock.FileLock(Path(cfg.output, ".lock"))
+            held = lock.acquire(timeout=0) if first else nullcontext()
+        with held:
+            run(cfg)
         dist.destroy_process_group()
     except InputError as error:
         if not first:                                    # rank 0 mostly says the same, and after
