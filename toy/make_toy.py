@@ -289,13 +289,13 @@ def check(model, tokenizer, problems, go_on, go_on_told, rng):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--go_on", type=float, default=0.2, help="P(go on) of the student")
-    parser.add_argument("--go_on_told", type=float, help="of the teacher; default: 0.4 of that")
+    parser.add_argument("--go_on", type=float, default=0.27, help="P(go on) of the student")
+    parser.add_argument("--go_on_told", type=float, help="of the teacher; default: a third of it")
     parser.add_argument("--init", type=Path, help="a folder made by this script, to re-tune")
     parser.add_argument("--check", action="store_true", help="make nothing, check --output")
     parser.add_argument("--output", type=Path, default=HERE, help="folder to write into")
     args = parser.parse_args()
-    go_on, told = args.go_on, args.go_on_told or 0.4 * args.go_on
+    go_on, told = args.go_on, args.go_on_told or args.go_on / 3
     torch.set_num_threads(1)             # the same sums, hence the same weights, on any core count
     torch.manual_seed(args.seed)
     rng, began = random.Random(args.seed), time.time()

@@ -63,7 +63,7 @@ def test_what_the_loss_is_taken_on(tokenizer):
 
 def test_the_shipped_base_is_right_at_every_depth_and_a_spoilt_one_is_found(tokenizer):
     model = AutoModelForCausalLM.from_pretrained(TOY / "model", dtype=torch.float32).eval()
-    arguments = (tokenizer, problems(72), 0.2, 0.08)
+    arguments = (tokenizer, problems(72), 0.27, 0.09)
     assert make_toy.check(model, *arguments, random.Random(0)) == []
     with torch.no_grad():                                # one head of the last layer is lost
         model.model.layers[-1].self_attn.o_proj.weight[:, :32] = 0
