@@ -255,7 +255,7 @@ def test_group_advantages_by_hand():
 
 
 def test_an_equal_group_has_exactly_zero_advantage_and_keeps_the_antisd_term():
-    rewards = torch.tensor([0.1] * 3 + [0.7] * 3 + [1.0] * 3 + [0.0] * 3)   # 0.1's mean is inexact
+    rewards = torch.tensor([.11] * 3 + [.88] * 3 + [1.] * 3 + [0.] * 3)  # .11's mean is inexact
     a_seq = antisd.group_advantages(rewards, 3)
     assert a_seq.tolist() == [0.0] * 12
     u = torch.randn(12, 5)
@@ -1284,7 +1284,7 @@ def test_ranks_share_problems_draw_different_responses_and_obey_one_gate(root, t
 
 def ranks_of(folder):
     """Processes that name this folder on their command line, launchers left out."""
-    shown = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True).stdout
+    shown = subprocess.run(["ps", "-ww", "-eo", "pid=,args="], capture_output=True, text=True).stdout
     return [int(line.split()[0]) for line in shown.splitlines()
             if str(folder) in line and "torch.distributed.run" not in line]
 
