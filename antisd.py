@@ -69,8 +69,8 @@ from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shar
                                     register_fsdp_forward_method)
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig,
-                          DynamicCache, GenerationConfig, HfArgumentParser)
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache,
+                          GenerationConfig, HfArgumentParser, PreTrainedTokenizerFast)
 
 # --- 1. The method: pure tensor functions ---------------------------------------------------------
 
@@ -431,16 +431,13 @@ class Policy(nn.Module):
     def generate(self, **inputs):
         return self.model.generate(**inputs)
 
-    def generate_batch(self, *inputs):
-        return self.model.generate_batch(*inputs)
-
 
 def pack(prompts, responses, device):
     """prompt + response, right-padded -> ids (n, L), predicts (n, L-1). No rows: one idle row, with
     which a rank that has run out of micro-batches takes part in the others' communication."""
     rows = [p + r for p, r in zip(prompts, responses)] or [[0, 0]]
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    width = max(map(len, rows))                          # L
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)  # (n, L)
     predicts = torch.zeros(len(rows), width - 1, dtype=torch.bool, device=device)
     for i, (prompt, response) in enumerate(zip(prompts, responses)):
         predicts[i, len(prompt) - 1:len(prompt) + len(response) - 1] = True
@@ -467,7 +464,7 @@ def sample(policy, prompts, group_size, max_tokens, temperature=1.0, top_p=1.0, 
     size = max(1, rollout_batch // group_size if rollout_batch else len(prompts))
     parts, responses = [prompts[i:i + size] for i in range(0, len(prompts), size)], []
     for part in as_many_everywhere(parts) if sharded else parts:
-        drawn = decode(policy, part or [[0, 0]], group_size, max_tokens,
+        drawn = decode(policy, part or [[0, 0]], group_size, max_tokens,  # [[0, 0]]: idle
                        max_tokens if sharded else stride, settings)
         responses += drawn if part else []               # an idle rank's are nobody's
     return responses
@@ -476,7 +473,7 @@ def sample(policy, prompts, group_size, max_tokens, temperature=1.0, top_p=1.0, 
 def decode(policy, prompts, group_size, max_tokens, stride, settings):
     """The part of `sample` that is one batch. Every `stride` tokens ended rows leave it."""
     device, width = next(policy.parameters()).device, max(map(len, prompts))
-    ends = torch.tensor(policy.eos_ids, device=device)
+    ends = torch.tensor(policy.eos_ids, device=device)   # what ends a response
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     cache = DynamicCache(config=policy.model.config)     # knows windows and linear attention
@@ -485,17 +482,17 @@ def decode(policy, prompts, group_size, max_tokens, stride, settings):
                     max_new_tokens=1, **settings)
     rows = torch.arange(len(prompts), device=device).repeat_interleave(group_size)
     ids, mask, responses = ids[rows], mask[rows], [[] for _ in rows]
-    alive = list(responses)
+    alive = list(responses)                              # those that still grow
     for done in range(0, max_tokens, stride):
         cache.reorder_cache(rows)        # the one choice of rows that every kind of layer offers
         whole = policy.generate(input_ids=ids, attention_mask=mask, past_key_values=cache,
                                 max_new_tokens=min(stride, max_tokens - done), **settings)
         new = whole[:, ids.shape[1]:]                                              # (n, <= stride)
-        ended = torch.isin(new, ends)
+        ended = torch.isin(new, ends)                    # (n, <= stride)
         stops = torch.where(ended.any(1), ended.int().argmax(1) + 1, new.shape[1])
         for response, tokens, stop in zip(alive, new.tolist(), stops.tolist()):
             response += tokens[:stop]                    # the end token is an action too: it stays
-        rows = (~ended.any(1)).nonzero().squeeze(1)
+        rows = (~ended.any(1)).nonzero().squeeze(1)      # those that go on
         if not len(rows):
             break
         ids, alive = whole[rows], [alive[i] for i in rows.tolist()]
@@ -503,37 +500,15 @@ def decode(policy, prompts, group_size, max_tokens, stride, settings):
     return responses
 
 
-def sample_paged(policy, prompts, group_size, max_tokens, temperature=1.0, top_p=1.0,
-                 rollout_batch=0):
-    """`sample` by transformers' continuous batching: waiting responses take the place of ended ones
-    and the cache is paged. Meant for CUDA, where it was not measured; on the CPU it is slower."""
-    law = dict(temperature=temperature, top_p=top_p, top_k=0) if temperature > 0 else {}
-    settings = GenerationConfig(do_sample=temperature > 0, max_new_tokens=max_tokens, **law,
-                                eos_token_id=policy.eos_ids, pad_token_id=policy.eos_ids[0])
-    rows = [prompt for prompt in prompts for _ in range(group_size)]     # they share their pages
-    page, longest = 256, max(map(len, prompts), default=0) + max_tokens  # tokens
-    batching = ContinuousBatchingConfig(                 # left to itself, it takes all memory
-        page_size=page, num_blocks=max(1, (rollout_batch or len(rows)) * -(-longest // page)),
-        seed=int(torch.randint(2**31, ())))              # from the generator that train has seeded
-    outputs = policy.eval().generate_batch(rows, settings, batching)
-    if len(outputs) < len(rows) or any(out.error for out in outputs.values()):
-        raise RuntimeError("generate_batch lost responses, its log says why; --sampler generate "
-                           "does without it")
-    return [out.generated_tokens for out in outputs.values()]
-
-
 def roll_out(policy, tokenizer, problems, k, sampler="generate", **settings):
     """k graded responses to each problem, groups consecutive; settings are those of `sample`."""
-    prompts = [problem["prompt"] for problem in problems]
-    with nullcontext() if sampler == "sharded" else gathered(policy):
-        if sampler == "paged":
-            responses = sample_paged(policy, prompts, k, **settings)
-        else:
-            responses = sample(policy, prompts, k, sharded=sampler == "sharded", **settings)
+    sharded = sampler == "sharded"
+    with nullcontext() if sharded else gathered(policy):
+        responses = sample(policy, [p["prompt"] for p in problems], k, sharded=sharded, **settings)
     # special tokens are no text, but the tags of a thought are, even where they count as special
     special = {i for i, token in tokenizer.added_tokens_decoder.items()
                if token.special and token.content not in ("<think>", "</think>")}
-    rollouts = []
+    rollouts = []                                        # in the problems' order
     for i, ids in enumerate(responses):
         problem, text = problems[i // k], tokenizer.decode([x for x in ids if x not in special])
         if tokenizer.decode(problem["prompt"][-16:]).rstrip().endswith("<think>"):
@@ -548,7 +523,7 @@ def score(policy, prompts, responses, micro_tokens, temperature=1.0):
     """log pi(y_t | prompt, y_<t) and the entropies, (N, T) each, in nats, zeros past the end."""
     policy.eval()                                        # see sample
     device = next(policy.parameters()).device
-    logp = torch.zeros(len(prompts), max(map(len, responses)), device=device)
+    logp = torch.zeros(len(prompts), max(map(len, responses)), device=device)  # (N, T)
     entropy = torch.zeros_like(logp)
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
     for rows in as_many_everywhere(micro_batches(lengths, micro_tokens)):
@@ -609,9 +584,8 @@ class Config:
     max_tokens: int = flag(32768, "longest response, in tokens (Table 5)")
     temperature: float = flag(1.0, "of rollouts; scoring divides by it too (Table 5)")
     rollout_batch: int = flag(0, "responses decoded at once on a rank; bounds the cache; 0: all")
-    sampler: Literal["generate", "paged", "sharded"] = flag(
-        "generate", "generate, and paged (continuous batching), hold whole weights on every rank; "
-        "sharded leaves them split: slow, for models that do not fit on one GPU")
+    sampler: Literal["generate", "sharded"] = flag("generate", "generate: whole weights on every "
+        "rank; sharded: they stay split, slow, for models that do not fit on one GPU")
     # the update
     lr: float = flag(1e-6, "AdamW's constant learning rate (Table 5)")
     warmup_lr_steps: int = flag(0, "linear learning-rate warm-up, in steps")
@@ -749,8 +723,8 @@ def read_problem(row):
     def cell(*keys):
         return next(filter(None, (text(row.get(key)) for key in keys)), "")
 
-    if isinstance(row.get("reward_model"), dict):
-        row = {**row, "reward_model": row["reward_model"].get("ground_truth")}
+    truth = row.get("reward_model")
+    row = {**row, "reward_model": truth.get("ground_truth") if isinstance(truth, dict) else None}
     problem, solution = cell("problem", "question", "prompt"), cell("solution")
     answer = cell("answer", "final_answer", "reward_model", "Answer")
     if "####" in answer:                                 # GSM8K: the working, #### and the number
@@ -832,8 +806,7 @@ def shard(policy, dtype, device):
         if type(module).__name__ in policy.model._no_split_modules:      # the decoder layers
             fully_shard(module, **options)
     fully_shard(policy, **options)
-    for method in ("generate", "generate_batch"):        # the root must be the first to run
-        register_fsdp_forward_method(policy, method)
+    register_fsdp_forward_method(policy, "generate")     # the root must be the first to run
     # after the split, so that no rank ever holds a whole float32 copy; AdamW at lr 1e-6 on bf16
     # weights would round every update away
     return policy.float().to(device)
@@ -954,12 +927,13 @@ def export_model(folder, policy, source):
             name: x.to(policy.source_dtype) if x.is_floating_point() else x for name, _ in named
             if (x := state.get(f"model.{name}")) is not None})
         (writing / "generation_config.json").unlink(missing_ok=True)     # ours is that of rollouts
+        # a part, say without its vision tower, needs the configuration that save_pretrained wrote
+        whole = AutoConfig.from_pretrained(source).model_type == model.config.model_type
         for file in source.iterdir():
             if (file.suffix in (".json", ".jinja", ".model", ".txt", ".tiktoken")
-                    and not file.name.endswith(".index.json")):
+                    and not file.name.endswith(".index.json")
+                    and (whole or file.name != "config.json")):
                 shutil.copyfile(file, writing / file.name)
-        if type(model).__name__ not in (model.config.architectures or ()):
-            model.config.save_pretrained(writing)        # the part of the source that was trained
         shutil.rmtree(folder, ignore_errors=True)
         writing.rename(folder)
     gather(None)                                         # nobody leaves while rank 0 writes
@@ -974,6 +948,8 @@ def load_tokenizer(name, template_kwargs):
     with one_line(f"--model {name} cannot be loaded, from a folder or the hub"):
         config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
         source = Path(transformers.utils.cached_file(name, "config.json")).parent
+        if (source / "tokenizer.json").exists():         # some classes would split text otherwise
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
         with torch.device("meta"):                       # every layer, and no memory
             model = AutoModelForCausalLM.from_config(config)
         # a clock that stands still, because many templates print the day: it must tell neither
@@ -994,7 +970,8 @@ def load_tokenizer(name, template_kwargs):
     for wrong, reason in (
         (idle, f"has a chat template in which {idle} changes nothing (--chat_template_kwargs)"),
         (getattr(config, "quantization_config", None), "is quantized: save a dequantized copy"),
-        (not model._no_split_modules, "does not name the layers that FSDP would split"),
+        (not any(type(m).__name__ in (model._no_split_modules or ()) for m in model.modules()),
+         "does not name the layers that FSDP would split"),
         (not model._supports_default_dynamic_cache()
          or "past_key_values" not in inspect.signature(model.forward).parameters,
          "keeps a cache of its own kind, whose rows cannot be chosen"),
@@ -1008,7 +985,7 @@ def load_tokenizer(name, template_kwargs):
         if rule.get("rope_type") in ("longrope", "dynamic"):     # beyond their original context a
             # token's log-prob would depend on the longest row of its batch
             context = min(context, rule.get("original_max_position_embeddings") or context)
-    if dist.get_rank() == 0 and type(model).__name__ not in (config.architectures or ()):
+    if dist.get_rank() == 0 and model.config.model_type != config.model_type:
         print(f"of {name} only the part {type(model).__name__} is trained and exported")
     return tokenizer, context, source
 
@@ -1083,7 +1060,7 @@ def prepare(cfg, world):
         raise InputError(f"--problems_per_step {cfg.problems_per_step} must be a multiple of ranks "
                          f"({world}) x --updates_per_batch ({cfg.updates_per_batch})")
     tokenizer, context, source = load_tokenizer(cfg.model, cfg.template_kwargs)
-    room = min(cfg.max_prompt_tokens, context - cfg.max_tokens - 100)    # 100: teacher's headings
+    room = min(cfg.max_prompt_tokens, context - cfg.max_tokens - 150)    # 150: teacher's headings
     own, sets = cfg.dataset_config or ("all" if cfg.dataset == Config.dataset else None), []
     for path, split, config in ((cfg.dataset, cfg.split, own), (cfg.eval_dataset, None, None)):
         problems = load_problems(path, split, config=config) if path else []
@@ -1236,11 +1213,11 @@ def update(policy, optimizer, rollouts, weights, advantages, cfg, known=None):
     them. Returns loss and gradient norm (means over the updates), s's entropy (N, T), and whether
     all was finite; an update that is not changes nothing.
     """
-    world = dist.get_world_size()
+    world = dist.get_world_size()                        # for FSDP's average, below
     s, entropy = known or (torch.zeros_like(weights), torch.zeros_like(weights))
     policy.train(cfg.gradient_checkpointing)             # Hugging Face ties the one to the other
-    losses, norms, finite = [], [], True
-    size = len(rollouts) // cfg.updates_per_batch
+    losses, norms, finite = [], [], True                 # of the updates
+    size = len(rollouts) // cfg.updates_per_batch        # rows of one update
     for first in range(0, len(rollouts), size):
         num_tokens = sum(gather(weights[first:first + size].sum().item()))   # of all ranks
         lengths = [len(r.problem["prompt"]) + len(r.ids) for r in rollouts[first:first + size]]
@@ -1248,7 +1225,7 @@ def update(policy, optimizer, rollouts, weights, advantages, cfg, known=None):
         for k, micro in enumerate(micros, 1):
             # one reduction of gradients an update, but for models that no GPU can hold whole
             policy.set_requires_gradient_sync(k == len(micros) or cfg.sampler == "sharded")
-            rows = [first + i for i in micro]
+            rows = [first + i for i in micro]            # in the whole batch
             logp, H_S = policy(*pack([rollouts[i].problem["prompt"] for i in rows],
                                      [rollouts[i].ids for i in rows], weights.device),
                                cfg.temperature)                                      # (n, T')
@@ -1267,21 +1244,21 @@ def update(policy, optimizer, rollouts, weights, advantages, cfg, known=None):
             finite = False
         elif num_tokens:
             optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad()                            # also after a skipped one
     return statistics.mean(losses), statistics.mean(norms), entropy, finite
 
 
 def summary(rollouts, sources, mask, a_seq, u, student_entropy, teacher_entropy, cfg):
     """The step's metrics over all ranks: sums and counts are gathered, then divided once."""
-    facts = sum(gather([(r.reward, len(r.ids), r.truncated) for r in rollouts]), [])
+    facts = sum(gather([(r.reward, len(r.ids), r.truncated) for r in rollouts]), [])  # of all ranks
     rewards, lengths, truncated = zip(*facts)
-    complete = [reward for reward, cut in zip(rewards, truncated) if not cut]
+    complete = [reward for reward, cut in zip(rewards, truncated) if not cut]  # not truncated
     groups = [rewards[i:i + cfg.group_size] for i in range(0, len(rewards), cfg.group_size)]
     of_teacher = {"u_mean": global_mean(u, mask), "u_negative": global_mean((u < 0).float(), mask),
                   "phi_abs": global_mean(METHODS[cfg.method](u).abs(), mask),
                   "teacher_entropy": global_mean(teacher_entropy, mask),
                   "teacher_entropy_median": global_median(teacher_entropy, mask)}
-    shown = sum(gather(sources), [])
+    shown = sum(gather(sources), [])                     # where each c came from
     return {"reward": statistics.fmean(rewards),
             "reward_complete": statistics.fmean(complete) if complete else None,
             "length": statistics.fmean(lengths), "truncated": statistics.fmean(truncated),
@@ -1302,7 +1279,7 @@ def train(cfg):
     statistic = {"mean": global_mean, "median": global_median}[cfg.gate_stat]
     now = restore(cfg, policy, optimizer, {"step": 0, "position": 0, "skipped_updates": 0,
                                            "failures": 0, "gate": gate.state_dict()})
-    gate.load_state_dict(now["gate"])
+    gate.load_state_dict(now["gate"])                    # h_warm, and whether it is open
     run, share = Path(cfg.output), cfg.problems_per_step // world        # problems of this rank
     tracker = open_records(cfg, now["step"]) if rank == 0 else None
     bar = tqdm(range(now["step"], cfg.steps), initial=now["step"], total=cfg.steps,
@@ -1317,7 +1294,7 @@ def train(cfg):
         # line 1: y ~ pi_S(.|x) and R(x, y). Seeding right here makes a resumed run draw the same;
         # tuples of integers hash alike in every process
         mine = next_problems(problems, now["position"], cfg.problems_per_step, cfg.seed)
-        mine = mine[rank * share:(rank + 1) * share]
+        mine = mine[rank * share:(rank + 1) * share]     # of this rank
         torch.manual_seed(hash((cfg.seed, step, rank)))
         started = time.perf_counter()
         with timer("rollout", row):

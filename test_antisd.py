@@ -558,15 +558,12 @@ def hostile(model):
     return model
 
 
-@pytest.mark.parametrize("sampler, n, temperature, top_p", [
-    ("sample", 20_000, 1.0, 1.0), ("sample", 20_000, 0.6, 0.5), ("sample_paged", 1000, 0.6, 1.0)])
-def test_rollouts_follow_the_softmax_under_a_hostile_generation_config(sampler, n, temperature,
-                                                                       top_p):
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.6, 0.5)])
+def test_rollouts_follow_the_softmax_under_a_hostile_generation_config(temperature, top_p):
     """Two prompts, whose groups are consecutive: a swap would show."""
-    policy = antisd.Policy(hostile(tiny()), [END])
+    policy, n = antisd.Policy(hostile(tiny()), [END]), 20_000
     torch.manual_seed(0)
-    drawn = getattr(antisd, sampler)(policy, PROMPTS[:2], n, 1, temperature, top_p,
-                                     rollout_batch=64 if n == 1000 else 0)
+    drawn = antisd.sample(policy, PROMPTS[:2], n, 1, temperature, top_p)
     assert len(drawn) == 2 * n
     laws = []
     for prompt, rows in zip(PROMPTS, (drawn[:n], drawn[n:])):
@@ -580,20 +577,6 @@ def test_rollouts_follow_the_softmax_under_a_hostile_generation_config(sampler, 
         assert (frequency[p > 10 / n] > 0).all() and (p > 10 / n).sum() > 3
         laws.append(p)
     assert (laws[0] - laws[1]).abs().sum() > 0.5
-
-
-def test_paged_rollouts_equal_greedy_ones_and_follow_the_seed():
-    model = tiny("olmo3")                                # full attention and sliding windows
-    ends, _ = spread_ends([argmax_decode(model, p, 20) for p in PROMPTS], stride=6)
-    policy, drawn = antisd.Policy(model, ends), []
-    greedy = antisd.sample_paged(policy, PROMPTS, 2, 20, 0, rollout_batch=8)
-    assert greedy == antisd.sample(policy, PROMPTS, 2, 20, 0)
-    for seed in 0, 0, 1:
-        torch.manual_seed(seed)
-        drawn.append(antisd.sample_paged(policy, PROMPTS, 2, 20, rollout_batch=8))
-    assert drawn[0] == drawn[1] != drawn[2] and drawn[0][0] != drawn[0][1]
-    for sampler in antisd.sample, antisd.sample_paged:   # a rank may get no held-out problem
-        assert sampler(policy, [], 2, 4) == []
 
 
 def test_roll_out_grades_marks_truncation_and_keeps_the_end_token():
@@ -983,12 +966,11 @@ def test_a_training_step_equals_algorithm_1_by_hand(root, tmp_path, monkeypatch,
             sources.count(name) for name in ("sibling", "solution", "answer")]
 
 
-@pytest.mark.parametrize("sampler, name", [("generate", "sample"), ("sharded", "sample"),
-                                           ("paged", "sample_paged")])
+@pytest.mark.parametrize("sampler", ["generate", "sharded"])
 def test_every_sampler_trains_a_step_and_draws_at_the_flags_temperature(root, tmp_path, monkeypatch,
-                                                                        sampler, name):
+                                                                        sampler):
     """So cold that it is greedy."""
-    drawn, rolled = spy(monkeypatch, name), spy(monkeypatch, "roll_out")
+    drawn, rolled = spy(monkeypatch, "sample"), spy(monkeypatch, "roll_out")
     [row] = run(root, tmp_path, sampler=sampler, rollout_batch=8, temperature=1e-4)
     assert len(drawn) == 1 and row["grad_norm"] < math.inf
     model = tiny()
@@ -1198,8 +1180,8 @@ def architecture(root, kind):
 
 
 def uneven_rollouts(root):
-    """Greedy, with weights that stay split, and by continuous batching: one prompt on rank 0, three
-    on rank 1, all of other lengths -> (expected, [rank 0's, rank 1's], the same)."""
+    """Greedy, with weights that stay split, and gathered: one prompt on rank 0, three on rank 1,
+    all of other lengths -> (expected, [rank 0's, rank 1's], the same)."""
     references = [argmax_decode(tiny(), prompt, 20) for prompt in PROMPTS]
     ends, _ = spread_ends(references, stride=6)
     policy, _ = antisd.build(config(root), TOKENIZER, CPU)
@@ -1208,8 +1190,9 @@ def uneven_rollouts(root):
     assert any(isinstance(p, torch.distributed.tensor.DTensor) for p in policy.parameters())
     split = antisd.sample(policy, mine, 1, 20, 0, rollout_batch=1, sharded=True, stride=6)
     with antisd.gathered(policy):
-        paged = antisd.sample_paged(policy, mine, 1, 20, 0, rollout_batch=4)
-    return [cut(row, ends) for row in references], antisd.gather(split), antisd.gather(paged)
+        assert antisd.sample(policy, [], 1, 20) == []    # a rank may get no held-out problem
+        whole = antisd.sample(policy, mine, 1, 20, 0, rollout_batch=4)
+    return [cut(row, ends) for row in references], antisd.gather(split), antisd.gather(whole)
 
 
 def worker(root):
@@ -1259,10 +1242,10 @@ def test_every_architecture_trains_and_agrees_with_its_rollouts_on_two_ranks(roo
     assert before.keys() == after.keys() and not same(before, after)
 
 
-@pytest.mark.parametrize("sampler", ["sharded", "paged"])
+@pytest.mark.parametrize("sampler", ["sharded", "generate"])
 def test_uneven_lengths_on_two_ranks(two_ranks, sampler):
     expected, *drawn = two_ranks["uneven"]
-    first, second = drawn[sampler == "paged"]
+    first, second = drawn[sampler == "generate"]
     assert (len(first), len(second)) == (1, 3) and len({len(row) for row in expected}) > 2
     assert first + second == expected
 

@@ -383,7 +383,6 @@ WRONG = [   # flags, or a function of root that makes them; what the line must s
     (lambda root: of_kind(root, "mamba2", num_heads=4, head_dim=16, n_groups=1), "cache"),
     (lambda root: [*of_kind(root, "phi3", pad_token_id=0, rope_parameters=ROPE,
                             original_max_position_embeddings=256), "--max_tokens", 300], "context"),
-    (lambda root: ["--model", root / "lfm2", "--sampler", "paged"], "paged"),
     (lambda root: file_of(root, "empty.jsonl", ""), "empty.jsonl"),
     (lambda root: file_of(root, "half.jsonl", '{"problem": "p"'), "line 1"),
     (lambda root: file_of(root, "half.json", '{"problem": '), "half.json"),
