@@ -206,6 +206,7 @@ def test_arms_of_folders_and_what_is_warned_about(tmp_path):
         "grpo": ["0"], "grpo init_from=run": ["0"], "antisd": ["0", "1"], "antisd tau_down=0": ["0"]}
     assert not warnings and curves.baseline(arms) == "grpo"
     assert curves.compare(arms)["antisd"]["best_gap"] == (pytest.approx(.2), None)
+    assert list(curves.read_runs(runs[-1:])[0]) == ["grpo init_from=run"]
     del arms["grpo"]                                     # what goes on from a run is no baseline
     assert curves.baseline(arms) is None and "speed_up" not in curves.compare(arms)["antisd"]
     runs.append(write_run(tmp_path / "s", "sd", [.1, 0, .2, 0, .2], 0, model="other", lr=.5))
