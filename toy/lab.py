@@ -2,17 +2,17 @@
 
     python toy/lab.py run grpo antisd --seeds 20 21 22      # what results.csv does not hold yet
     python toy/lab.py ends                                  # a row an arm: learned when, ends where
-    python toy/lab.py seeds grpo antisd                     # a row a run
-    python toy/lab.py kinds antisd sd                       # u and mistakes by kind of token
+    python toy/lab.py seeds grpo antisd                     # a row an arm: every seed's steps
+    python toy/lab.py kinds p20_antisd p20_sd               # u and mistakes by kind of token
     python toy/lab.py gate                                  # when the gate moved
     python toy/lab.py map                                   # steps to 90% against P(go on)
-    python toy/lab.py picture                               # the same as toy/map.svg
-    python toy/lab.py predict                               # what the model of one logit says
+    python toy/lab.py predict                               # what the model of eight logits says
+    python toy/lab.py picture                               # both as toy/map.svg
 
 A run is `antisd.py @toy/demo.args`, the arm's flags and a seed, in a process of one thread, --jobs
 of them at a time; its folder is runs/lab/ARM_SEED. When it has ended, its lines are added to
-toy/results.csv, a line a step; an empty cell was not measured. Runs that results.csv holds to their
-last step are skipped, so an interrupted lab goes on where it stopped.
+toy/results.csv, a line a step; an empty cell was not measured. Runs that results.csv holds are
+skipped, so an interrupted lab goes on where it stopped.
 """
 
 import argparse
@@ -35,10 +35,10 @@ WORDS = ("wait", "hmm", "but", "maybe")
 
 # --- The arms -------------------------------------------------------------------------------------
 
-# Every arm: flags after @toy/demo.args. {runs}: runs/lab, {seed}: the seed. Runs that learn are at
-# the top by step 50, so STEPS is enough for all but those that wait for chance or for the gate.
+# Flags after @toy/demo.args. {runs}: runs/lab, {base}: an arm's prefix, {seed}: the seed. Runs that
+# learn are at the top by step 50 or so: STEPS is enough for all but those that wait for chance.
 STEPS = 60
-ARMS = {
+FLAGS = {
     "grpo": "--method grpo --steps 100",
     "antisd": "--steps 70",
     "sd": "--method sd",
@@ -54,8 +54,8 @@ ARMS = {
     "undecided": "",                    # with the fork below
     # stopped before anything is learned; then both go on from there
     "grpo_stopped": "--method grpo --steps 15 --save_every 15",
-    "grpo_on": "--method grpo --init_from {runs}/grpo_stopped_{seed} --steps 85",
-    "continual": "--init_from {runs}/grpo_stopped_{seed}",
+    "grpo_on": "--method grpo --init_from {runs}/{base}grpo_stopped_{seed} --steps 85",
+    "continual": "--init_from {runs}/{base}grpo_stopped_{seed}",
     # four training problems of ten have an answer that no sum is
     "unsolvable_grpo": "--method grpo --dataset {runs}/unsolvable.jsonl",
     "unsolvable": "--dataset {runs}/unsolvable.jsonl",
@@ -63,22 +63,29 @@ ARMS = {
     # three times as long
     "long": "--steps 180",
     "long_no_gate": "--tau_down 0 --steps 180",
-    # the gate's statistic is a mean over fewer or more tokens
+    # the gate's statistic is a mean over fewer tokens
     "batch_8": "--problems_per_step 8",
     "batch_8_no_gate": "--problems_per_step 8 --tau_down 0",
-    "batch_16": "--problems_per_step 16",
-    "batch_16_no_gate": "--problems_per_step 16 --tau_down 0",
 }
-SHIPPED = 27                            # P(go on) of toy/model, in percent
-MAP = (20, 35, 45)                  # and of the map's other bases
-for percent in MAP:
-    for method in ("grpo", "antisd"):
-        ARMS[f"{method}_{percent}"] = (f"--method {method} --model {{runs}}/base_{percent}/model"
-                                       + " --steps 75" * (method == "grpo"))
+
+# The bases: P(go on) without and with a solution in view. "" is toy/model.
+BASES = {"": (0.27, 0.09), "p15_": (0.15, 0.06), "p20_": (0.20, 0.08), "p25_": (0.25, 0.10),
+         "p30_": (0.30, 0.12), "p37_": (0.37, 0.148)}
+ARMS = {}
+for base in BASES:
+    on_base = base and f"--model {{runs}}/{base}base/model "
+    whole_lab = base in ("", "p20_")                     # on the others the map alone
+    ARMS |= {base + arm: on_base + flags for arm, flags in FLAGS.items()} if whole_lab else {
+        f"{base}grpo": f"{on_base}--method grpo --steps 75", f"{base}antisd": on_base}
 
 # The fork that is "undecided": the one line of `train` where u is formed. A token on which the
 # student's entropy is below a tenth of a nat gets no AntiSD term.
 FORK = ("u[at] = t[at] - s ", "u[at] = (t[at] - s) * (H_S > 0.1) ")
+
+
+
+def base_of(arm):
+    return next((base for base in BASES if base and arm.startswith(base)), "")
 
 
 # --- One run --------------------------------------------------------------------------------------
@@ -130,7 +137,7 @@ def count_kinds(tokenizer, rollouts, u):
 def one(arm, seed, source):
     """Runs one arm on one seed in this process, antisd.py's `summary` extended by the kinds."""
     text = source.read_text()
-    if arm == "undecided":
+    if arm.endswith("undecided"):
         assert text.count(FORK[0]) == 1, f"{source} forms u in another way: mend FORK"
         text = text.replace(*FORK)
     antisd = types.ModuleType("antisd")
@@ -145,7 +152,7 @@ def one(arm, seed, source):
                 | count_kinds(tokenizer, rollouts, u))
 
     antisd.summary = summary
-    flags = ARMS[arm].format(runs=RUNS, seed=seed).split()
+    flags = ARMS[arm].format(runs=RUNS, base=base_of(arm), seed=seed).split()
     sys.argv = [str(source), f"@{TOY / 'demo.args'}", "--steps", str(STEPS), "--save_every", "0",
                 *flags, "--seed", str(seed), "--output", str(RUNS / f"{arm}_{seed}")]
     antisd.main(antisd.train)
@@ -192,15 +199,17 @@ def condensed(arm, seed):
         yield cells
 
 
-def prepare(arms, seeds):
+def prepare(arms):
     """Bases and data that some arms need and that are made here."""
     RUNS.mkdir(parents=True, exist_ok=True)
-    for percent in MAP:
-        if any(arm.endswith(f"_{percent}") and arm.split("_")[0] in ("grpo", "antisd")
-               for arm in arms) and not (RUNS / f"base_{percent}" / "model").exists():
-            subprocess.run([sys.executable, str(TOY / "make_toy.py"), "--go_on",
-                            str(percent / 100), "--init", str(TOY), "--output",
-                            str(RUNS / f"base_{percent}")], check=True)
+    needed = {base_of(arm) for arm in arms} - {""}
+    for base in ["p20_"] * bool(needed) + sorted(needed - {"p20_"}):
+        if not (RUNS / f"{base}base" / "model").exists():
+            go_on, told = map(str, BASES[base])          # p20_ from scratch, the others from that
+            init = [] if base == "p20_" else ["--init", str(RUNS / "p20_base")]
+            subprocess.run([sys.executable, str(TOY / "make_toy.py"), "--go_on", go_on,
+                            "--go_on_told", told, *init, "--output", str(RUNS / f"{base}base")],
+                           check=True)
     rows = [json.loads(line) for line in (TOY / "train.jsonl").read_text().splitlines()]
     for row in rows[:len(rows) * 4 // 10]:               # their order is random
         row["answer"] = "5"
@@ -211,7 +220,7 @@ def prepare(arms, seeds):
 def run(arms, seeds, jobs, source):
     """Every arm on every seed that results.csv does not hold, in the order of the arms."""
     held, lock = read(), threading.Lock()
-    prepare(arms, seeds)
+    prepare(arms)
 
     def work(arm, seed):
         command = [sys.executable, str(TOY / "lab.py"), "one", arm, "--seeds", str(seed),
@@ -259,9 +268,15 @@ def trained(rows):
     return [row for row in rows if row["reward"] is not None]
 
 
-def slip_share(rows):
-    slips, sums = (sum(row[k] or 0 for row in rows) for k in ("slips", "sums"))
-    return slips / max(1, slips + sums)
+def mistakes(rows):
+    """Shares: wrong sums of all sums, wrong terms of all terms, tokens off the grammar of all."""
+    total = {k: sum(row[k] or 0 for row in rows)
+             for k in ("sums", "slips", "misread", "garbage")}
+    sums = total["sums"] + total["slips"]
+    terms = sums + 256 * len(rows)                       # each response has a first one, unsummed
+    tokens = sum(256 * row["length"] for row in rows)    # 32 problems x 8 responses
+    return {"slips": total["slips"] / max(1, sums), "misread": total["misread"] / terms,
+            "garbage": total["garbage"] / tokens}
 
 
 def facts(rows):
@@ -270,9 +285,7 @@ def facts(rows):
     steps = trained(rows)
     return {"length of run": len(steps), "before": curve[0], "best": max(curve), "end": curve[-1],
             "to50": steps_to(rows, 0.5), "to85": steps_to(rows, 0.85), "to90": steps_to(rows, 0.9),
-            "tokens": mean(steps[-5:], "length"), "slips": slip_share(steps),
-            "garbage": sum(row["garbage"] or 0 for row in steps[-10:]) / max(
-                1, sum(256 * row["length"] for row in steps[-10:])),
+            "tokens": mean(steps[-5:], "length"), **mistakes(steps[-10:]),
             "H_S": mean(steps[-5:], "student_entropy"), "H_T": mean(steps[-5:], "teacher_entropy"),
             "open": mean([r for r in steps if r["step"] >= 5], "lam"),
             "shut at end": steps[-1]["gate"] == 0}
@@ -311,9 +324,11 @@ def ends(arms):
     """A row an arm: means over seeds, percent; "- grpo": at the end, paired by seed."""
     print(f"{'arm':20}{'seeds':>6}{'steps':>6}{'before':>8}{'best':>7}{'end':>7}{'worst':>7}"
           f"{'- grpo':>15}{'learn':>7}{'to 50':>7}{'to 85':>7}{'to 90':>7}{'tokens':>8}"
-          f"{'slips %':>9}{'H_S':>7}{'H_T':>7}{'open':>6}{'shut':>6}")
-    grpo = by_arm(["grpo"]).get("grpo", {})
+          f"{'slips %':>9}{'misread %':>11}{'garbage %':>11}{'H_S':>7}{'H_T':>7}{'open':>6}"
+          f"{'shut':>6}")
+    every = by_arm([])
     for arm, runs in by_arm(arms).items():
+        grpo = every.get(f"{base_of(arm)}grpo", {})
         each = list(runs.values())
         of = lambda key: statistics.fmean(run[key] for run in each if run[key] is not None)  # noqa
         gated = each[0]["open"] is not None and each[0]["H_T"] is not None
@@ -322,7 +337,8 @@ def ends(arms):
               f"{100 * min(run['end'] for run in each):7.1f}{paired(runs, grpo, 'end'):>15}"
               f"{sum(run['to85'] is not None for run in each):>4}/{len(each)}"
               f"{median(each, 'to50'):>8}{median(each, 'to85'):>7}{median(each, 'to90'):>7}"
-              f"{of('tokens'):8.1f}{100 * of('slips'):9.2f}{of('H_S'):7.3f}"
+              f"{of('tokens'):8.1f}{100 * of('slips'):9.3f}{100 * of('misread'):11.2f}"
+              f"{100 * of('garbage'):11.2f}{of('H_S'):7.3f}"
               f"{show(of('H_T') if gated else None, 3):>7}"
               f"{show(2 * of('open') if gated else None):>6}"
               f"{sum(run['shut at end'] for run in each) if gated else '-':>6}")
@@ -340,19 +356,18 @@ def kinds(arms):
     """Every ten steps: P(go on), whole chains, mistakes in percent, and u by kind of token."""
     columns = ("u_go_on", "u_early_so", "u_sum", "u_slip", "u_term", "u_fixed", "u_early_box",
                "u_box")
-    print(f"{'arm':20}{'steps':>8}{'P(go on)':>10}{'whole %':>9}{'slips %':>9}{'misread':>9}"
-          f"{'garbage':>9}{'H_T':>8}" + "".join(f"{c[2:]:>11}" for c in columns))
+    print(f"{'arm':20}{'steps':>8}{'P(go on)':>10}{'whole %':>9}{'slips %':>9}{'misread %':>11}"
+          f"{'garbage %':>11}{'H_T':>8}" + "".join(f"{c[2:]:>11}" for c in columns))
     every = read()
     for arm in by_arm(arms):
         rows = [row for (name, _), run in every.items() if name == arm for row in trained(run)]
         for first in range(0, int(max(row["step"] for row in rows)) + 1, 10):
             part = [row for row in rows if first <= row["step"] < first + 10]
-            total = {k: sum(row[k] or 0 for row in part)
-                     for k in ("go_on", "early_so", "misread", "garbage")}
-            print(f"{arm:20}{first:>4}-{first + 9:<3}"
-                  f"{total['go_on'] / max(1, total['go_on'] + total['early_so']):10.2f}"
-                  f"{100 * mean(part, 'whole'):9.1f}{100 * slip_share(part):9.2f}"
-                  f"{total['misread']:9.0f}{total['garbage']:9.0f}"
+            go_on, stop = (sum(row[k] or 0 for row in part) for k in ("go_on", "early_so"))
+            wrong = mistakes(part)
+            print(f"{arm:20}{first:>4}-{first + 9:<3}{go_on / max(1, go_on + stop):10.2f}"
+                  f"{100 * mean(part, 'whole'):9.1f}{100 * wrong['slips']:9.3f}"
+                  f"{100 * wrong['misread']:11.2f}{100 * wrong['garbage']:11.2f}"
                   f"{show(mean(part, 'teacher_entropy'), 3):>8}"
                   + "".join(f"{show(mean(part, c)):>11}" for c in columns))
 
@@ -378,18 +393,18 @@ def gate(arms):
 STEP, OWN = 0.3, 0.5
 
 
-def simulate(go_on, method, steps, runs=60, lam=0.5, problems=32, group=8):
+def simulate(go_on, told, method, steps, runs=60, lam=0.5, problems=32, group=8):
     """Held-out accuracy (steps, runs) of a policy that is nothing but its 8 choices.
 
-    The logit of P(go on) at depth k is a + b_k, the teacher's the same less a constant (at the
-    start a third of the probability). 256 chains a step are drawn, graded (whole: right; else right by
-    luck, 1 in 5, the same for all of a group that stop there), A_seq and Eq. (6) computed, and a
-    and b_k moved by Adam. GRPO is then a random walk, whose drift at depth k is that of p^8; what
-    AntiSD adds, p(1 - p) lambda (phi(u_so) - phi(u_go)) at every depth reached, is steady."""
+    The logit of P(go on) at depth k is a + b_k, the teacher's the same less a constant. 256 chains
+    a step are drawn, graded (whole: right; else right by luck, 1 in 5, the same for all of a group
+    that stop there), A_seq and Eq. (6) computed, and a and b_k moved by Adam. GRPO is then a random
+    walk, whose drift at depth k is that of p^8; what AntiSD adds at every depth reached,
+    p(1 - p) lambda (phi(u_so) - phi(u_go)), is steady."""
     import numpy as np
     depths, rng = 8, np.random.default_rng(0)
     start = np.log(go_on / (1 - go_on))
-    shift = np.log(go_on / (3 - go_on)) - start
+    shift = np.log(told / (1 - told)) - start
     weights, m, v = (np.zeros((runs, 1 + depths)) for _ in range(3))         # a, b_1 .. b_8
     rates = STEP * np.array([1 - OWN] + [OWN] * depths)
     gate, warm, curve, k = np.ones(runs), [], [], np.arange(depths)
@@ -441,26 +456,23 @@ def quartiles(values):
 
 
 def predict(_):
-    """The model of one logit: of 60 runs each, the steps to 90% and how many get there in 100."""
+    """The model of eight logits: of 60 runs each, steps to 90%, and how many get there in 100."""
     print(f"{'P(go on)':>8}  {'GRPO: quartiles, learn':>32}  {'AntiSD: quartiles, learn':>32}")
-    for percent in sorted((*MAP, SHIPPED)):
+    for go_on, told in sorted(BASES.values()):
         cells = []
         for method in ("grpo", "antisd"):
-            steps = first_at(simulate(percent / 100, method, 100))
+            steps = first_at(simulate(go_on, told, method, 100))
             q = " ".join(f"{x:4.0f}" for x in quartiles(steps))
             cells.append(f"{q}  {statistics.fmean(math.isfinite(x) for x in steps):4.0%}")
-        print(f"{percent / 100:8.2f}  {cells[0]:>32}  {cells[1]:>32}")
+        print(f"{go_on:8.2f}  {cells[0]:>32}  {cells[1]:>32}")
 
 
 def map_points():
     """{method: [(P(go on), [each run's steps to 90%, None for never])]}, the shipped base's too."""
-    points = {"grpo": [], "antisd": []}
-    for arm, runs in by_arm([]).items():
-        method, _, percent = arm.partition("_")
-        if method in points and (percent.isdigit() or not percent):
-            points[method].append((int(percent or SHIPPED) / 100,
-                                   [run["to90"] for run in runs.values()]))
-    return {method: sorted(found) for method, found in points.items()}
+    every = by_arm([])
+    return {method: sorted((go_on, [run["to90"] for run in every.get(base + method, {}).values()])
+                           for base, (go_on, _) in BASES.items())
+            for method in ("grpo", "antisd")}
 
 
 def map_table(_):
@@ -477,21 +489,24 @@ def picture(_):
     matplotlib.rcParams["svg.hashsalt"] = "antisd"       # the same picture gives the same file
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(figsize=(7.2, 4.2), facecolor="white")
-    never, grid = 112, [percent / 100 for percent in range(min(MAP), max(MAP) + 1, 2)]
+    never = 112
     for method, colour, name, shift in (("grpo", "#c2410c", "GRPO", 0.003),
                                         ("antisd", "#1d4ed8", "AntiSD", -0.003)):
-        bands = [quartiles(first_at(simulate(p, method, 100))) for p in grid]
+        bands = [quartiles(first_at(simulate(*base, method, 100))) for base in sorted(
+            BASES.values())]
+        grid = [go_on for go_on, _ in sorted(BASES.values())]
         low, middle, high = ([min(x, never) for x in line] for line in zip(*bands))
         axes.fill_between(grid, low, high, color=colour, alpha=0.13, lw=0)
-        axes.plot(grid, middle, color=colour, lw=1.5, ls="--", label=f"{name}, predicted")
+        axes.plot(grid, middle, color=colour, lw=1.5, ls="--",
+                  label=f"{name}, predicted (median, quartiles)")
+        axes.plot([], [], "o", ms=5, color=colour, label=f"{name}, a run each")
         for p, steps in map_points()[method]:
             for i, step in enumerate(steps):
-                axes.plot(p + shift + 0.0012 * (i - 1), never if step is None else step, "o",
-                          ms=5, mfc="white" if step is None else colour, mec=colour, lw=0,
-                          label=f"{name}, a run" if (p, i) == (map_points()[method][0][0], 0)
-                          else None)
+                axes.plot(p + shift + 0.0012 * (i - len(steps) / 2),
+                          never if step is None else step, "o", ms=5, mec=colour, lw=0,
+                          mfc="white" if step is None else colour)
     axes.axhline(104, color="#666666", lw=0.8)
-    axes.set_yticks([0, 20, 40, 60, 80, 100, never], ["0", "20", "40", "60", "80", "100", "never"])
+    axes.set_yticks([*range(0, 101, 20), never], [*map(str, range(0, 101, 20)), "not in\nthe run"])
     axes.set(xlabel="the base's P(go on) at each of 8 decisions", ylim=(0, 118),
              ylabel="steps to 90% held-out accuracy")
     axes.legend(frameon=False, loc="upper right", fontsize=9)
