@@ -5,8 +5,8 @@ The method is that of "Anti-Self-Distillation for Reasoning RL via Pointwise Mut
 model answers a problem, a verifier grades the answer, and GRPO reinforces what beat its group.
 Beside that, the same network reads the problem once more together with a verified solution c (it
 is then called the self-teacher) and scores the student's own tokens. Self-distillation would pull
-the student towards that teacher. AntiSD pushes it away, by a bounded amount, and a gate switches
-the push off when the teacher's entropy collapses.
+the student towards that teacher. AntiSD pushes it away, with a capped reward for what the teacher
+finds unlikely, and a gate switches the push off when the teacher's entropy collapses.
 
     torchrun antisd.py @toy/demo.args                                    # a laptop, minutes
     torchrun --nproc-per-node 8 antisd.py --model Qwen/Qwen3-4B-Instruct-2507 \\
@@ -17,7 +17,7 @@ Algorithm 1, line by line, all of it in train():
     2  s_t = log pi_S(y_t)                                               update's forward pass
     3  t_t = log pi_T(y_t), with c in the prompt                         score
     4  u_t = t_t - s_t, the pointwise mutual information, Eq. (4)        advantages
-    5  phi(u_t), the bounded shape, Eq. (6)                              METHODS, phi
+    5  phi(u_t), bounded below, Eq. (6)                                  METHODS, phi
     6  H, the teacher's entropy over the batch                           global_mean
     7  g, the Schmitt trigger; lambda = g * lambda_max, Eq. (7)          EntropyGate
     8  A_t = A_seq - lambda * sg[phi(u_t)], Eq. (2), (6)                 token_advantages
@@ -25,9 +25,10 @@ Algorithm 1, line by line, all of it in train():
 
 Read sections 1 to 4 and 10; sections 5 to 9 are what any trainer needs around them. Left out on
 purpose: critic, KL term, reference model, reward model, inference engine, tensor parallelism.
-Shapes: B problems x G responses = N rows, T response tokens, L tokens with the prompt, V words,
-D hidden. Logarithms are natural, so log-probabilities, u and entropies are in nats. Where the paper
-is silent the line says `our choice`; the README lists every one.
+Shapes: N rows, the responses that one rank holds, G in a row to each problem; T response tokens, L
+tokens with the prompt, V words, D hidden. Logarithms are natural, so log-probabilities, u and
+entropies are in nats. Where the paper is silent the line says `our choice` or `not in the paper`;
+the README lists the choices that change results.
 """
 import ctypes
 import dataclasses
@@ -105,10 +106,11 @@ def phi(u):
 METHODS = {
     "grpo": torch.zeros_like,           # the baseline
     "sd": lambda u: u,                  # self-distillation, Eq. (3)
-    "sd_jsd": phi,                      # our choice: also as the paper's table probably ran it
+    "sd_jsd": phi,                      # descends the JSD, as the paper's table probably did
     "antisd": lambda u: -phi(u),        # Eq. (6)
-    "antisd_kl": lambda u: -u,          # ablation: ascends the reverse KL, unbounded
-    "no_teacher": lambda u: -phi(u),    # ablation: train() sets log pi_T := 0, so that u = -s
+    "antisd_kl": lambda u: -u,          # ablation: ascends the reverse KL, without the cap
+    "no_teacher": lambda u: -phi(u),    # ablation: train() sets log pi_T := 0, so that u = -s;
+                                        # the gate still reads the teacher's entropy
 }
 
 GATED = ("antisd", "antisd_kl", "no_teacher")    # our choice: warm-up and gate are AntiSD's alone
@@ -193,7 +195,7 @@ def teacher_messages(problem, solution, correct):
     messages = student_messages(problem)
     if solution:
         # plain concatenation, because solutions are full of braces, backslashes and percent signs
-        messages[0]["content"] += (
+        messages[-1]["content"] += (
             "\n\nYour previous attempt:\n" + solution
             + "\n\nPrevious assessment: Your answer is " + ("correct." if correct else "incorrect.")
             + "\n\nNow solve this problem step by step.")
@@ -214,14 +216,14 @@ def pick_solutions(group, rng):
     never itself, which the teacher would only copy. Without one it is the data set's worked
     solution, else its bare answer. group: a list of Rollout; rng: a random.Random.
     """
-    correct = [i for i, r in enumerate(group) if r.reward == 1.0]
+    correct = [r for r in group if r.reward == 1.0]
     rng.shuffle(correct)                                 # our choice: seeded random, not the first
     picks = []
-    for i, r in enumerate(group):
-        siblings = [j for j in correct if j != i]        # our choice: never itself
+    for r in group:
+        siblings = [sibling for sibling in correct if sibling is not r]  # our choice: never itself
         worked = final_part(r.problem["solution"] or "")
         if siblings:
-            picks.append((final_part(group[siblings[0]].text), "sibling"))
+            picks.append((final_part(siblings[0].text), "sibling"))
         elif worked:
             picks.append((worked, "solution"))
         else:
@@ -381,7 +383,8 @@ def token_logprobs(hidden, lm_head, targets, temperature=1.0, chunk=1024):
     tokens x 152K words in fp32 would be 20 GB.
     """
     def piece(h, y):
-        # upcast first: a bf16 log-softmax errs by 0.01 nats, the size of a typical u
+        # upcast first: a bf16 log-softmax errs by 0.01 nats, the size of a typical u (what the
+        # head itself rounds stays)
         logps = F.log_softmax(lm_head(h).float() / temperature, dim=-1)              # (m, V)
         logp = logps.gather(-1, y[:, None]).squeeze(-1)
         with torch.no_grad():            # last, so that backward's second forward stops before it
@@ -455,8 +458,7 @@ def sample(policy, prompts, group_size, max_tokens, temperature=1.0, top_p=1.0, 
     stay split over the ranks, so that every rank decodes, if idly, until the last one has ended.
     """
     policy.eval()       # in train mode gradient checkpointing would drop the cache without a word
-    # every setting is explicit: what is left out falls back to defaults that truncate (top_k=50);
-    # invalid values (NaN) are left to the check in update
+    # top_k=0 is said because its default, 50, would truncate; NaN is left to the check in update
     settings = dict(do_sample=temperature > 0, top_k=0, eos_token_id=policy.eos_ids,
                     pad_token_id=policy.eos_ids[0], synced_gpus=sharded, remove_invalid_values=True)
     if temperature > 0:
@@ -576,7 +578,7 @@ class Config:
     lam: float = flag(0.5, "lambda_max, weight of the per-token term (Table 5)")
     warmup_steps: int = flag(5, "W: steps with lambda 0 that calibrate H_warm (Table 5)")
     tau_down: float = flag(0.93, "the gate shuts below tau_down * H_warm; 0: no gate (Table 5)")
-    gate_stat: Literal["mean", "median"] = flag("mean", "of token entropies (median: about 0 nats)")
+    gate_stat: Literal["mean", "median"] = flag("mean", "of token entropies; paper: median")
     gate_source: Literal["teacher", "student"] = flag("teacher", "whose entropy (Table 3)")
     # the rollout
     problems_per_step: int = flag(32, "B, over all ranks (Table 5)")
@@ -593,9 +595,9 @@ class Config:
     max_grad_norm: float = flag(1.0, "gradient clipping (not in the paper)")
     clip: float = flag(0.2, "PPO clip; inert while updates_per_batch is 1 (Table 5)")
     steps: int = flag(200, "training steps (Table 5)")
-    updates_per_batch: int = flag(1, "optimizer updates per rollout batch")
-    loss_agg: Literal["token", "seq"] = flag("token", "mean over tokens, or over responses' means")
-    mask_truncated: bool = flag(False, "leave truncated responses out of the loss")
+    updates_per_batch: int = flag(1, "optimizer updates per rollout batch (not in the paper)")
+    loss_agg: Literal["token", "seq"] = flag("token", "mean over tokens, or responses' means")
+    mask_truncated: bool = flag(False, "leave truncated responses out (not in the paper)")
     # the machine
     micro_tokens: int = flag(16384, "tokens (with padding) of a scoring or training micro-batch")
     gradient_checkpointing: bool = flag(False, "recompute layers in backward: slower, leaner")
@@ -957,13 +959,10 @@ def load_tokenizer(name, template_kwargs):
         tokenizer.chat_template = re.sub(
             r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda call: repr(
                 datetime.date(2026, 1, 1).strftime(call[2])), tokenizer.get_chat_template())
-
-        def prompt(left_out=None):
-            return render(tokenizer, student_messages("?"), {
-                key: value for key, value in template_kwargs.items() if key != left_out})
-
-        idle = [key for key in template_kwargs if prompt(left_out=key) == prompt()]
-    text = config.get_text_config()
+        ids = {left_out: render(tokenizer, student_messages("?"), {
+            key: value for key, value in template_kwargs.items() if key != left_out})
+            for left_out in (None, *template_kwargs)}
+    idle, text = [key for key in template_kwargs if ids[key] == ids[None]], config.get_text_config()
     scaled = [key for key in ("final_logit_softcapping", "logit_scale", "logits_scaling",
                               "logits_soft_cap", "lm_head_multiplier")
               if getattr(text, key, None) not in (None, 1)]
@@ -1160,7 +1159,7 @@ def farewell(run):
     gates = [(row["step"], row["gate"]) for row in rows if row.get("gate") is not None]
     if gates:
         print("the gate " + (", ".join(f"{'opened' if gate else 'shut'} at step {step}" for
-              (_, old), (step, gate) in zip(gates, gates[1:]) if gate != old) or "never opened"))
+              (_, old), (step, gate) in zip(gates, gates[1:]) if gate != old) or "never moved"))
     print(f"{run / 'model'} holds the trained model")
 
 
@@ -1213,10 +1212,9 @@ def update(policy, optimizer, rollouts, weights, advantages, cfg, known=None):
     them. Returns loss and gradient norm (means over the updates), s's entropy (N, T), and whether
     all was finite; an update that is not changes nothing.
     """
-    world = dist.get_world_size()                        # for FSDP's average, below
     s, entropy = known or (torch.zeros_like(weights), torch.zeros_like(weights))
     policy.train(cfg.gradient_checkpointing)             # Hugging Face ties the one to the other
-    losses, norms, finite = [], [], True                 # of the updates
+    losses, norms = [], []                               # of the updates
     size = len(rollouts) // cfg.updates_per_batch        # rows of one update
     for first in range(0, len(rollouts), size):
         num_tokens = sum(gather(weights[first:first + size].sum().item()))   # of all ranks
@@ -1226,25 +1224,24 @@ def update(policy, optimizer, rollouts, weights, advantages, cfg, known=None):
             # one reduction of gradients an update, but for models that no GPU can hold whole
             policy.set_requires_gradient_sync(k == len(micros) or cfg.sampler == "sharded")
             rows = [first + i for i in micro]            # in the whole batch
-            logp, H_S = policy(*pack([rollouts[i].problem["prompt"] for i in rows],
-                                     [rollouts[i].ids for i in rows], weights.device),
-                               cfg.temperature)                                      # (n, T')
+            logp, uncertainty = policy(
+                *pack([rollouts[i].problem["prompt"] for i in rows],
+                      [rollouts[i].ids for i in rows], weights.device), cfg.temperature)
             at = (rows, slice(logp.shape[1]))
             if rows and not known:                       # line 2
-                s[at], entropy[at] = logp.detach(), H_S
+                s[at], entropy[at] = logp.detach(), uncertainty
             # an idle rank has no rows: a loss of 0, whose backward takes part in the reduction
             loss = policy_loss(logp, s[at], advantages(rows, s[at], entropy[at]), weights[at],
                                num_tokens or 1.0, cfg.clip)
-            (loss * world).backward()                    # FSDP averages over ranks; this undoes it
+            (loss * dist.get_world_size()).backward()    # FSDP averages over ranks; this undoes it
             loss_sum += loss.item()
         norms.append(nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
                      .full_tensor().item())
         losses.append(sum(gather(loss_sum)))
-        if not (math.isfinite(losses[-1]) and math.isfinite(norms[-1])):
-            finite = False
-        elif num_tokens:
+        if num_tokens and math.isfinite(losses[-1]) and math.isfinite(norms[-1]):
             optimizer.step()
         optimizer.zero_grad()                            # also after a skipped one
+    finite = all(map(math.isfinite, losses + norms))
     return statistics.mean(losses), statistics.mean(norms), entropy, finite
 
 
@@ -1302,28 +1299,29 @@ def train(cfg):
                                 max_tokens=cfg.max_tokens, temperature=cfg.temperature,
                                 rollout_batch=cfg.rollout_batch)
         prompts, responses = [r.problem["prompt"] for r in rollouts], [r.ids for r in rollouts]
-        rewards, truncated, lengths = (torch.tensor(column, device=device) for column in zip(
-            *((r.reward, r.truncated, len(r.ids)) for r in rollouts)))               # (N,)
+        rewards = torch.tensor([r.reward for r in rollouts], device=device)          # (N,)
+        truncated = torch.tensor([r.truncated for r in rollouts], device=device)     # (N,)
+        lengths = torch.tensor([len(r.ids) for r in rollouts], device=device)        # (N,)
         a_seq = group_advantages(rewards, cfg.group_size)                            # (N,)
         mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]    # (N, T)
 
         # line 3: log pi_T(y_t) and the teacher's entropies: the same weights, c in the prompt
         t, H_T, u = (torch.zeros(mask.shape, device=device) for _ in range(3))       # (N, T)
-        sources, known = [], None
+        sources, known = [], None                        # without a teacher, sources stay empty
         with timer("score", row):
             if cfg.method != "grpo":
-                views, sources = teacher_prompts(
+                told, sources = teacher_prompts(
                     tokenizer, rollouts, cfg.group_size, cfg.template_kwargs, longest, cfg.seed,
                     now["position"] + rank * share)
-                t, H_T = score(policy, views, responses, cfg.micro_tokens, cfg.temperature)
-            # line 2, s = log pi_S(y_t), is update's own forward pass, but where it is needed before
+                t, H_T = score(policy, told, responses, cfg.micro_tokens, cfg.temperature)
+            # line 2, s = log pi_S(y_t), is update's own forward pass, unless it is needed earlier
             if cfg.updates_per_batch > 1 or cfg.method in GATED and cfg.gate_source == "student":
                 known = score(policy, prompts, responses, cfg.micro_tokens, cfg.temperature)
         if cfg.method == "no_teacher":
             t = torch.zeros_like(t)                      # log pi_T := 0
 
         # lines 6, 7: one gate for all ranks, on every token of all of them
-        g, lam = None, cfg.lam if cfg.method != "grpo" else 0.0
+        g, lam = None, cfg.lam
         if cfg.method in GATED:
             g = gate.update(statistic(H_T if cfg.gate_source == "teacher" else known[1], mask))
             lam = g * cfg.lam                                                        # Eq. (7)
@@ -1335,9 +1333,9 @@ def train(cfg):
                                     cfg.compose)
 
         # lines 2, 9
+        lr = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup_lr_steps))
         for group in optimizer.param_groups:             # --init_from brings the old run's
-            group["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup_lr_steps))
-            group["weight_decay"] = cfg.weight_decay
+            group.update(lr=lr, weight_decay=cfg.weight_decay)
         weights = token_weights(mask, truncated, cfg.loss_agg, cfg.mask_truncated)
         with timer("train", row):
             loss, norm, H_S, finite = update(policy, optimizer, rollouts, weights, advantages, cfg,
@@ -1348,7 +1346,7 @@ def train(cfg):
                "failures": 0 if finite else now["failures"] + 1, "gate": gate.state_dict()}
         row |= summary(rollouts, sources, mask, a_seq, u, H_S, H_T, cfg) | {
             "gate": g, "h_warm": gate.h_warm, "lam": lam if sources else None, "loss": loss,
-            "grad_norm": norm, "lr": group["lr"], "skipped_updates": now["skipped_updates"],
+            "grad_norm": norm, "lr": lr, "skipped_updates": now["skipped_updates"],
             "tokens_per_s": sum(gather(int(lengths.sum()))) / (time.perf_counter() - started),
             "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30
             if device.type == "cuda" else None}
@@ -1356,7 +1354,7 @@ def train(cfg):
             record(cfg, row, bar, tracker, rollouts, sources, u, H_T, tokenizer)
         if now["failures"] == 3:
             raise InputError(f"three updates in a row were not finite, up to step {step}; the last "
-                             f"checkpoint is {[*map(str, checkpoints(run)), 'none'][-2:][0]}")
+                             f"checkpoint is {(checkpoints(run) or ['none'])[-1]}")
         due = cfg.save_every and (now["step"] % cfg.save_every == 0 or now["step"] == cfg.steps)
         if due and finite:
             save_checkpoint(run, policy, optimizer, now)

@@ -1,8 +1,8 @@
 """Math benchmarks: avg@k with standard errors, and unbiased pass@k.
 
     python eval.py --model runs/antisd/model --data toy/test.jsonl
-    torchrun --nproc-per-node 8 eval.py --model runs/antisd/model \\
-        --benchmarks aime24,aime25,aime26,hmmt25,minerva
+    torchrun --nproc-per-node 8 eval.py --model runs/qwen3-4b/model \\
+        --benchmarks aime24,aime25,aime26,hmmt25,minerva --output runs/bench
 
 Prompt, sampler and grader are antisd.py's own, so that what is measured here is what was trained
 there. The defaults are the paper's: temperature 0.7, top-p 0.95, 32 responses to each problem of
