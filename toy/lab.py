@@ -509,7 +509,7 @@ def picture(_):
     axes.set_yticks([*range(0, 101, 20), never], [*map(str, range(0, 101, 20)), "not in\nthe run"])
     axes.set(xlabel="the base's P(go on) at each of 8 decisions", ylim=(0, 118),
              ylabel="steps to 90% held-out accuracy")
-    axes.legend(frameon=False, loc="upper right", fontsize=9)
+    axes.legend(frameon=False, loc="lower center", ncols=2, fontsize=9)
     figure.tight_layout()
     figure.savefig(TOY / "map.svg", metadata={"Date": None})
 
