@@ -45,12 +45,14 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import threading
 import time
 import unicodedata
+import warnings
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Literal
@@ -761,8 +763,8 @@ def setup():
         # option 1 of prctl, PR_SET_PDEATHSIG, has the kernel end them with it
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
         # where it died before that, its store is gone, too: fail now, not after a day's timeout
-        dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-                      timeout=datetime.timedelta(seconds=10))
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        socket.create_connection(address).close()
     cuda = torch.cuda.is_available()
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
@@ -962,6 +964,7 @@ def load_tokenizer(name, template_kwargs):
         ids = {left_out: render(tokenizer, student_messages("?"), {
             key: value for key, value in template_kwargs.items() if key != left_out})
             for left_out in (None, *template_kwargs)}
+        render(tokenizer, teacher_messages("?", "?", False), template_kwargs)    # may it be read?
     idle, text = [key for key in template_kwargs if ids[key] == ids[None]], config.get_text_config()
     scaled = [key for key in ("final_logit_softcapping", "logit_scale", "logits_scaling",
                               "logits_soft_cap", "lm_head_multiplier")
@@ -972,7 +975,7 @@ def load_tokenizer(name, template_kwargs):
         (not any(type(m).__name__ in (model._no_split_modules or ()) for m in model.modules()),
          "does not name the layers that FSDP would split"),
         (not model._supports_default_dynamic_cache()
-         or "past_key_values" not in inspect.signature(model.forward).parameters,
+         or not {"past_key_values", "cache"} & {*inspect.signature(model.forward).parameters},
          "keeps a cache of its own kind, whose rows cannot be chosen"),
         (scaled, f"changes its logits after lm_head ({scaled}), which Policy.forward does not do"),
     ):
@@ -1170,6 +1173,7 @@ def main(run, kind=Config):
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     logging.getLogger("math_verify").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)       # names that transformers 6 will drop
     first = os.environ.get("RANK", "0") == "0"
     try:
         cfg = parse_config(kind=kind)

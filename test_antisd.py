@@ -1352,7 +1352,7 @@ def test_what_the_readme_names_exists():
     scripts = {file.relative_to(HERE).as_posix(): file.read_text(encoding="utf-8")
                for file in HERE.rglob("*.py")}
     code, records = "\n".join(scripts.values()), KEYS + TEACHERS
-    others = {"nproc-per-node", "standalone", "nnodes", "index-url", "extra-index-url"}
+    others = {"help", "nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint", "index-url"}
     for flag in set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", readme)) - others:
         name = flag.replace("-", "_")
         assert re.search(rf'^    {name}: |"--{flag}"', code, re.M), f"--{flag}"

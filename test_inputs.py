@@ -380,7 +380,7 @@ WRONG = [   # flags, or a function of root that makes them; what the line must s
                           layer_types=["full_attention"] * 3), "layers.2"),
     (lambda root: of_kind(root, "gemma2", head_dim=16), "softcapping"),
     (lambda root: of_kind(root, "granite", logits_scaling=8.0), "logits_scaling"),
-    (lambda root: of_kind(root, "mamba2", num_heads=4, head_dim=16, n_groups=1), "cache"),
+    (lambda root: of_kind(root, "minimax", num_local_experts=2, num_experts_per_tok=1), "cache"),
     (lambda root: [*of_kind(root, "phi3", pad_token_id=0, rope_parameters=ROPE,
                             original_max_position_embeddings=256), "--max_tokens", 300], "context"),
     (lambda root: file_of(root, "empty.jsonl", ""), "empty.jsonl"),
