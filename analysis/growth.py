@@ -94,7 +94,7 @@ def main():
           f"{os.cpu_count()} cores\n\n| | | step, s | grows as | generation, s | grows as "
           "| scoring + training, s | grows as | peak, GiB a rank |\n|---|---|" + "---:|" * 7)
     with tempfile.TemporaryDirectory() as work:
-        rows = antisd.load_problems(args.data, limit=max(2, *args.problems))
+        rows = antisd.load_problems(args.data, limit=max([2, *args.problems]))
         Path(work, "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
         for name, lines in series(base, args):
             old = None
