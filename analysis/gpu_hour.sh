@@ -8,8 +8,8 @@
 #   toy       the toy's demo on the CPU, on CUDA in float32 and in bfloat16: compare the curves
 #   kill      kill -9 in the middle of a run on CUDA, --resume, and the run that nobody killed
 #   model     a randomly initialised Qwen3-4B with the toy's tokenizer: 8 GB, trained in about 80
-#   speed     AntiSD by both samplers, and GRPO, on it: seconds by phase, tokens/s, memory, and the
-#             share of the card's bf16 peak that training reaches
+#   speed     AntiSD and GRPO on it: seconds by phase, tokens/s, memory, and the share of the card's
+#             bf16 peak that training reaches
 #   micro     three values of --micro_tokens on it
 #   evidence  GRPO, SD and AntiSD side by side on sums that a small language model ($LM) gets wrong
 #             more often than right
@@ -137,7 +137,6 @@ big() {      # NAME FLAGS...: two steps on the big model; the second one counts
 
 step_speed() {
     big speed-antisd --gradient_checkpointing
-    big speed-paged --gradient_checkpointing --sampler paged
     big speed-grpo --gradient_checkpointing --method grpo
 }
 
