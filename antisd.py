@@ -318,10 +318,8 @@ def extract_boxed(text):
 
 
 def is_correct(response, answer):
-    """Whether the response's last box equals the reference answer, by math-verify; never raises.
-
-    The box is ours, because math-verify joins several boxes and falls back on prose numbers.
-    """
+    """Whether the response's last box equals the reference answer, by math-verify; never raises. The
+    box is ours, because math-verify joins several boxes and falls back on prose numbers."""
     gold, box = answer.strip(), (extract_boxed(response) or "").strip()
     if not 0 < len(box) <= max(300, 2 * len(gold)):
         return False
@@ -347,7 +345,8 @@ def is_correct(response, answer):
     shapes = [("=" in text, text.count(","), text[:1] + text[-1:] if text[:1] in ("(", "[") else "")
               for text in (gold, box)]                   # math-verify is lax about all three
     relation = re.search(r"[<>]|\\[gl]eq?(?![a-z])|\\cup", gold + box)
-    if (re.fullmatch("[A-Z]", gold) or REFUSED.search(gold) or REFUSED.search(box)
+    capitals = [{*re.findall("[A-Z]", text)} for text in (gold, box)]    # it takes K for k
+    if (capitals[0] != capitals[1] or REFUSED.search(gold) or REFUSED.search(box)
             or not relation and "," in gold + box and shapes[0] != shapes[1]
             or shapes[0][0] != shapes[1][0]):
         return False
