@@ -318,7 +318,7 @@ def extract_boxed(text):
 
 
 def is_correct(response, answer):
-    """Whether the response's last box equals the reference answer, by math-verify; never raises. The
+    """Whether the response's last box equals the reference, by math-verify; it never raises. The
     box is ours, because math-verify joins several boxes and falls back on prose numbers."""
     gold, box = answer.strip(), (extract_boxed(response) or "").strip()
     if not 0 < len(box) <= max(300, 2 * len(gold)):
