@@ -205,6 +205,8 @@ WRONG = r"""
 3021_4 :: 3021_5 | 201 | 3021 | 3020_4
 (a+1)(b-2) :: (a-2)(b+1) | ab-2
 R :: r | 2R | 1
+\frac{K-1}{L} :: \frac{k-1}{l} | \frac{k-1}{L}
+2k+2 :: 2K+2
 v_{0} :: v_1 | v | v_{00}
 \alpha :: a | \beta
 5.2 k :: 5.2 | 5.3k | k
@@ -356,7 +358,7 @@ def rows_of(root, *rows):
 ROW = {"problem": "a n1", "answer": "1"}
 ROPE = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 8, long_factor=[4.0] * 8,
             original_max_position_embeddings=256)
-WRONG = [   # flags, or a function of root that makes them; what the line must say
+BAD_INPUT = [   # flags, or a function of root that makes them; what the line must say
     ("--model=", "--model is required"), ("--method dpo", "dpo"), ("--lr -1", "--lr"),
     ("--group_size 1", "--group_size"), ("--temperature 0", "--temperature"),
     ("--temperature nan", "--temperature"),
@@ -401,7 +403,7 @@ WRONG = [   # flags, or a function of root that makes them; what the line must s
      "row 2")]
 
 
-@pytest.mark.parametrize("given, fragment", WRONG, ids=[fragment for _, fragment in WRONG])
+@pytest.mark.parametrize("given, fragment", BAD_INPUT, ids=[text for _, text in BAD_INPUT])
 def test_what_the_user_can_mend_costs_one_line(root, tmp_path, monkeypatch, capsys, given,
                                                fragment):
     words = given(root) if callable(given) else given.split(" ")
