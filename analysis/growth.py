@@ -27,6 +27,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import versus_trl
 
 ANTISD = Path(__file__).resolve().parent.parent / "antisd.py"
@@ -113,5 +114,6 @@ if __name__ == "__main__":
         found = run_forced(*json.loads(sys.argv[2]))
         if os.environ["RANK"] == "0":
             print("\n" + json.dumps(found))
+        torch.distributed.destroy_process_group()        # else gloo's threads may abort the exit
     else:
         main()
