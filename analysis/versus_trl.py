@@ -184,5 +184,7 @@ if __name__ == "__main__":
         import transformers
         print("\n" + json.dumps([done, f"torch {torch.__version__}, transformers "
                                        f"{transformers.__version__}"]))
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()    # else its threads may abort the exit
     else:
         main()
