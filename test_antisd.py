@@ -16,6 +16,7 @@ import os
 import random
 import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -1279,6 +1280,14 @@ def wait_for(condition, seconds=300):
         time.sleep(0.02)
 
 
+def long_run(root, out):
+    """The command of the run in `out`, without its launcher."""
+    flags = dataclasses.asdict(config(root, output=str(out), **LONG))
+    default = antisd.Config(model="m")
+    return ["antisd.py", "--resume", *(word for key, value in flags.items()
+            if value != getattr(default, key) for word in (f"--{key}", str(value)))]
+
+
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
 
 
@@ -1297,10 +1306,7 @@ def test_killed_at_any_moment_resumed_on_any_number_of_ranks(root, two_ranks, tm
     """kill -9 of a rank, then of torchrun itself: no rank is left, and the run that goes on ends
     like the one that nobody killed, bit for bit. Then one rank goes on with what two have saved."""
     whole, out = root / "two/whole", tmp_path / "run"
-    flags = dataclasses.asdict(config(root, output=str(out), **LONG))
-    default = antisd.Config(model="m")
-    command = [*TORCHRUN, "antisd.py", "--resume", *(
-        word for k, v in flags.items() if v != getattr(default, k) for word in (f"--{k}", str(v)))]
+    command = [*TORCHRUN, *long_run(root, out)]
 
     def start():
         return subprocess.Popen(command, cwd=HERE, env=ENV, text=True, stdout=subprocess.DEVNULL,
@@ -1333,6 +1339,36 @@ def test_killed_at_any_moment_resumed_on_any_number_of_ranks(root, two_ranks, tm
     rows = run(root, out, resume=True, **LONG | dict(steps=11))
     assert [row["step"] for row in rows] == list(range(11))
     assert not same(weights(whole / "model"), weights(out / "model"))
+
+
+@LINUX
+def test_two_machines_one_of_them_lost_then_resumed_equal_one(root, two_ranks, tmp_path):
+    """Two launchers with a rank each, as on two machines: kill -9 of one, and both end; started
+    again, the run ends like that of one launcher with two ranks, bit for bit."""
+    whole, out = root / "two/whole", tmp_path / "run"
+
+    def start(port):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2",
+                   "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint",
+                   f"localhost:{port}", *long_run(root, out)]
+        return [subprocess.Popen(command, cwd=HERE, env=ENV, text=True, stdout=subprocess.DEVNULL,
+                                 stderr=subprocess.PIPE) for _ in range(2)]
+
+    def free_port():
+        with socket.create_server(("localhost", 0)) as server:
+            return server.getsockname()[1]
+    first, second = start(free_port())
+    wait_for(lambda: len(antisd.read_lines(out / "metrics.jsonl")) >= 3)
+    second.kill()
+    first.communicate(timeout=300)
+    assert first.returncode == 1
+    wait_for(lambda: not ranks_of(out), 20)
+    assert 3 <= len(read(out / "metrics.jsonl")) < LONG["steps"]
+    for agent in start(free_port()):
+        error = agent.communicate(timeout=300)[1]
+        assert agent.returncode == 0, error[-4000:]
+    assert same(weights(whole / "model"), weights(out / "model"))
+    assert strip(read(whole / "metrics.jsonl")) == strip(read(out / "metrics.jsonl"))
 
 
 # --- The source and the README keep their promises -----------------------------------------------
