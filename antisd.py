@@ -274,8 +274,8 @@ SPELLINGS = [(re.compile(pattern), replacement) for pattern, replacement in (
     # marks without a value go, and signs get their LaTeX name
     ("[⁻⁰¹²³⁴-⁹]+", lambda m: "^{" + unicodedata.normalize("NFKC", m[0]) + "}"),
     ("[！-～]", lambda m: unicodedata.normalize("NFKC", m[0])),                # full width
-    ("[−–]", "-"), (r"×|·|\\cdot", r"\\times "), ("√", r"\\sqrt "), ("π", r"\\pi "),
-    ("[、；;&]", ","), (r"\\?%", r"\\%"), (r"\\\\(?:\[\w+\])?", ",row,"), (r"\\[{}]", ""),
+    ("[−–]", "-"), (r"×|·|\\cdot", r"\\times "), ("√", r"\\sqrt "), ("[、；;&]", ","),
+    (r"\\?%", r"\\%"), (r"\\\\(?:\[\w+\])?", ",row,"), (r"\\[{}]", ""),
     (r"\\begin\{\w*matrix\}", "("), (r"\\end\{\w*matrix\}", ")"),
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|boldsymbol|bf|[lL]arge|color\{\w+\})(?![a-z])"
      r"|\\?\$|\*\*|\^\{?\s*(?:\\circ|°)\s*\}?|\\degree|°", ""),
