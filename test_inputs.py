@@ -286,6 +286,7 @@ def test_hostile_boxes_are_wrong_within_seconds_and_never_raise(box):
 def test_integers_never_reach_the_parser(monkeypatch):
     monkeypatch.setattr(antisd, "parse", None)
     assert correct("061", "61") and not correct("62", "61")
+    assert correct("61".zfill(300), "61") and not correct("61".zfill(301), "61")
 
 
 def test_other_threads_grade_without_alarms():
