@@ -1038,6 +1038,8 @@ def open_run(cfg, data):
         old = json.loads((run / "config.json").read_text())["flags"]
         if changed := [key for key in flags if key not in FREE and old.get(key) != flags[key]]:
             raise InputError("--resume with other settings than the run's: " + ", ".join(changed))
+    elif (run / "model").exists():                       # say, --output toy
+        raise InputError(f"{run / 'model'} exists and no run made it: choose another --output")
     if cfg.init_from and not checkpoints(cfg.init_from):
         raise InputError(f"--init_from {cfg.init_from} holds no checkpoint")
     failed, commit = subprocess.getstatusoutput(

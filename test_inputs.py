@@ -480,6 +480,8 @@ def test_a_folder_holds_one_run_with_one_set_of_settings_and_data(root, tmp_path
     for change in dict(answer="9"), dict(solution="other"), dict(problem="new"):
         write(tmp_path / "d.jsonl", [rows[0] | change, *rows[1:]])
         refuse(lambda: run(root, tmp_path / "run", **flags), "other settings")
+    (tmp_path / "own/model").mkdir(parents=True)         # somebody's, which export would replace
+    refuse(lambda: run(root, tmp_path / "own", **flags), "no run made it")
 
 
 def says(*chain):
