@@ -260,44 +260,6 @@ def teacher_prompts(tokenizer, rollouts, group_size, template_kwargs, longest, s
 
 # --- 3. The verifiable reward ---------------------------------------------------------------------
 
-LATEX = [LatexExtractionConfig(boxed_match_priority=-1, normalization_config=NormalizationConfig(
-    basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none",
-    equations=False))]
-# what would keep a computer algebra system busy: towers of powers, big exponents and factorials,
-# sums; and what it misreads: ratios, and digits in another base
-REFUSED = re.compile(r"\^\W*\w*\W*\^|\^[^^]*[)}]\s*\^|\^\W*\d{4}|\)\s*\^\W*\d{3}|\d{60}"
-                     r"|\d{4}\W*!|!\W*!|\d_|[?:]|binom\D*\d{4}|(?:[({\[][^)}\]]*){12}"
-                     r"|\\(?:sum|prod|i*nt|lim)(?![a-z])")
-UNIT = (r"(?!\W*(?:\w*illion|thousand|hundred|dozen|not|is|if|or|and|than|to|[eidxyzn])s?\b)"
-        r"[A-Za-z][^{}\d,?=+-]{0,30}(?:\^\{?-?\d\}?)?")
-SPELLINGS = [(re.compile(pattern), replacement) for pattern, replacement in (
-    # marks without a value go, and signs get their LaTeX name
-    ("[⁻⁰¹²³⁴-⁹]+", lambda m: "^{" + unicodedata.normalize("NFKC", m[0]) + "}"),
-    ("[！-～]", lambda m: unicodedata.normalize("NFKC", m[0])),                # full width
-    ("[−–]", "-"), (r"×|·|\\cdot", r"\\times "), ("√", r"\\sqrt "), ("[、；;&]", ","),
-    (r"\\?%", r"\\%"), (r"\\\\(?:\[\w+\])?", ",row,"), (r"\\[{}]", ""),
-    (r"\\begin\{\w*matrix\}", "("), (r"\\end\{\w*matrix\}", ")"),
-    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|boldsymbol|bf|[lL]arge|color\{\w+\})(?![a-z])"
-     r"|\\?\$|\*\*|\^\{?\s*(?:\\circ|°)\s*\}?|\\degree|°", ""),
-    (r"\\(?:text|math|mbox|operatorname)(?!bb|cal)[a-z]*\s*\{", r"\\text{"),
-    # 3{,}159 and 3\,159 and 3 159 and 3,159, but not (3,159), are one number; then units
-    (r"(?<=\d)(?:\{,\}|,?\s*\\!\s*|\\,|[ ~])(?=\d{3}(?!\d))", ""), (r"\\[,:;!> ]|~|\s+", " "),
-    (r"(?<![\d,.([{])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", "")),
-    (r"[\s,]*(?:\\text\{,?\s*(?:or|and)\s*\}|\b(?:or|and)\b)", ","),
-    (rf"(?<=[\w)}}.%])(?:[\s/]*\\text\{{\s*{UNIT}\s*\}}(?:\^\{{?-?\d\}}?)?)+", ""),
-    (r"\\text\{([^{}]*)\}", r" \1 "), (r"\(?(\d+)\)?_\{?\s*(\d+)\s*\}?", r"\1_\2"),
-    (r"([A-Za-z])_(\w)", r"\1_{\2}"),
-    # 1 3/4, 4.5e33, decimals as fractions, sqrt(2), arctan, x'
-    (r"(\d) +(\d+)/(\d+)", r"\1\\frac{\2}{\3}"), (r"(?<=\d) +(?=\d)", ","),
-    (r"(?<=\d)\s*(?:[eE]\+?|x\s*10\^)\{?(-?\d+)\}?", r" \\times 10^{\1}"),
-    (r"(?<=\d)\.0*(?!\d)", ""),
-    (r"(?<![\d.])(\d*)\.(\d+)", lambda m: rf"\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}}"),
-    (r"(?:np\.)?(?<![\\a-z])(arc[a-z]+|sqrt|pi)(?![a-z])", r"\\\1"),
-    (r"\\sqrt\s*\(?(\d+)\)?", r"\\sqrt{\1}"),
-    (r"([A-Za-z])(?:'|\^\{?\s*\\prime\s*\}?)", r"\1_{1}"), (r"([^,]*)\\pm([^,]*)", r"\1+\2,\1-\2"),
-    (r"^[({]+([^(),{}]*)[)}]+$", r"\1"))]
-
-
 def final_part(text):
     """What follows the last thought, stripped; "" where a thought is still open."""
     tail = text.rpartition("</think>")[2].strip()
@@ -318,47 +280,15 @@ def extract_boxed(text):
 
 
 def is_correct(response, answer):
-    """Whether the response's last box equals the reference, by math-verify; it never raises. The
-    box is ours, because math-verify joins several boxes and falls back on prose numbers."""
+    """Whether the response's last box equals the reference answer: bool; it never raises. The box
+    is ours, because math-verify would join several boxes and fall back on numbers in the prose."""
     gold, box = answer.strip(), (extract_boxed(response) or "").strip()
     if not 0 < len(box) <= max(300, 2 * len(gold)):
         return False
     if gold.isdecimal() and box.isdecimal():             # all of DAPO-Math and AIME
         return int(gold) == int(box)
-    decimal = re.search(r"\.\d*[1-9]|\d[eE][+-]?\d", gold)            # is only given to some digits
-    for pattern, replacement in SPELLINGS:
-        gold, box = (pattern.sub(replacement, text).strip().rstrip(".") for text in (gold, box))
-    if not re.search(r"(?<!\\)\b[A-Za-z]", gold):        # letters in the box can only be a unit
-        box = re.sub(rf"(?<=[\d)}}])(?: +{UNIT}|[kcm]?m|kg|s|(?![万亿千百半])[一-龥]+)$", "", box)
-    if "=" not in gold:                                  # labels: x = 4, m + n = 204, x \in [2, 3]
-        exact, sign, rounded = box.partition(r"\approx")
-        if sign:
-            box = rounded if decimal or re.search(r"(?<![\\A-Za-z])[A-Za-z]", exact) else exact
-        box = re.sub(r"(?:^|(?<=,))(?:\([a-z, ]*\)\s*|[^,]*)(?:=|\\in\b)", "", box)
-    elif "=" not in box and re.match(r"\s*\w\s*=", gold):
-        gold = gold.partition("=")[2]                    # x = 9 is answered by 9
-    if gold.replace(" ", "") == box.replace(" ", ""):
-        return True
-    words = [re.sub(r"[\s()]", "", text).casefold() for text in (gold, box)]
-    if re.fullmatch(r"[a-z]{2,}", words[0]):
-        return words[0] == words[1]
-    shapes = [("=" in text, text.count(","), text[:1] + text[-1:] if text[:1] in ("(", "[") else "")
-              for text in (gold, box)]                   # math-verify is lax about all three
-    relation = re.search(r"[<>]|\\[gl]eq?(?![a-z])|\\cup", gold + box)
-    capitals = [{*re.findall("[A-Z]", text)} for text in (gold, box)]    # it takes K for k
-    if (capitals[0] != capitals[1] or REFUSED.search(gold) or REFUSED.search(box)
-            or not relation and "," in gold + box and shapes[0] != shapes[1]
-            or shapes[0][0] != shapes[1][0]):
-        return False
-    limit = 5 if threading.current_thread() is threading.main_thread() else None     # it is SIGALRM
     try:
-        gold, *boxes = (
-            parse(f"${text}$".replace(r"\%", ""), LATEX, "no_fallback", parsing_timeout=limit)
-            for text in (gold, box, f"({box})/100")[:2 + (r"\%" in box)])
-        if decimal and gold[0].is_number:
-            return any(bool(abs(gold[0] - b[0]) <= 1e-4 * abs(gold[0])) for b in boxes)
-        return any(verify(gold, b, float_rounding=12, allow_set_relation_comp=True,
-                          timeout_seconds=limit) for b in boxes)
+        return same_value(gold, box)                     # section 6
     except Exception:                                    # whatever it stumbles over is no answer
         return False
 
@@ -651,7 +581,82 @@ def parse_config(argv=None, kind=Config):
     return kind(**vars(flags))
 
 
-# --- 6. Data (safe to skip) -----------------------------------------------------------------------
+# --- 6. Answers and problems (safe to skip) -------------------------------------------------------
+
+LATEX = [LatexExtractionConfig(boxed_match_priority=-1, normalization_config=NormalizationConfig(
+    basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none",
+    equations=False))]
+# what would keep a computer algebra system busy: towers of powers, big exponents and factorials,
+# sums; and what it misreads: ratios, and digits in another base
+REFUSED = re.compile(r"\^\W*\w*\W*\^|\^[^^]*[)}]\s*\^|\^\W*\d{4}|\)\s*\^\W*\d{3}|\d{60}"
+                     r"|\d{4}\W*!|!\W*!|\d_|[?:]|binom\D*\d{4}|(?:[({\[][^)}\]]*){12}"
+                     r"|\\(?:sum|prod|i*nt|lim)(?![a-z])")
+UNIT = (r"(?!\W*(?:\w*illion|thousand|hundred|dozen|not|is|if|or|and|than|to|[eidxyzn])s?\b)"
+        r"[A-Za-z][^{}\d,?=+-]{0,30}(?:\^\{?-?\d\}?)?")
+SPELLINGS = [(re.compile(pattern), replacement) for pattern, replacement in (
+    # marks without a value go, and signs get their LaTeX name
+    ("[⁻⁰¹²³⁴-⁹]+", lambda m: "^{" + unicodedata.normalize("NFKC", m[0]) + "}"),
+    ("[！-～]", lambda m: unicodedata.normalize("NFKC", m[0])),                # full width
+    ("[−–]", "-"), (r"×|·|\\cdot", r"\\times "), ("√", r"\\sqrt "), ("[、；;&]", ","),
+    (r"\\?%", r"\\%"), (r"\\\\(?:\[\w+\])?", ",row,"), (r"\\[{}]", ""),
+    (r"\\begin\{\w*matrix\}", "("), (r"\\end\{\w*matrix\}", ")"),
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|boldsymbol|bf|[lL]arge|color\{\w+\})(?![a-z])"
+     r"|\\?\$|\*\*|\^\{?\s*(?:\\circ|°)\s*\}?|\\degree|°", ""),
+    (r"\\(?:text|math|mbox|operatorname)(?!bb|cal)[a-z]*\s*\{", r"\\text{"),
+    # 3{,}159 and 3\,159 and 3 159 and 3,159, but not (3,159), are one number; then units
+    (r"(?<=\d)(?:\{,\}|,?\s*\\!\s*|\\,|[ ~])(?=\d{3}(?!\d))", ""), (r"\\[,:;!> ]|~|\s+", " "),
+    (r"(?<![\d,.([{])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", "")),
+    (r"[\s,]*(?:\\text\{,?\s*(?:or|and)\s*\}|\b(?:or|and)\b)", ","),
+    (rf"(?<=[\w)}}.%])(?:[\s/]*\\text\{{\s*{UNIT}\s*\}}(?:\^\{{?-?\d\}}?)?)+", ""),
+    (r"\\text\{([^{}]*)\}", r" \1 "), (r"\(?(\d+)\)?_\{?\s*(\d+)\s*\}?", r"\1_\2"),
+    (r"([A-Za-z])_(\w)", r"\1_{\2}"),
+    # 1 3/4, 4.5e33, decimals as fractions, sqrt(2), arctan, x'
+    (r"(\d) +(\d+)/(\d+)", r"\1\\frac{\2}{\3}"), (r"(?<=\d) +(?=\d)", ","),
+    (r"(?<=\d)\s*(?:[eE]\+?|x\s*10\^)\{?(-?\d+)\}?", r" \\times 10^{\1}"),
+    (r"(?<=\d)\.0*(?!\d)", ""),
+    (r"(?<![\d.])(\d*)\.(\d+)", lambda m: rf"\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}}"),
+    (r"(?:np\.)?(?<![\\a-z])(arc[a-z]+|sqrt|pi)(?![a-z])", r"\\\1"),
+    (r"\\sqrt\s*\(?(\d+)\)?", r"\\sqrt{\1}"),
+    (r"([A-Za-z])(?:'|\^\{?\s*\\prime\s*\}?)", r"\1_{1}"), (r"([^,]*)\\pm([^,]*)", r"\1+\2,\1-\2"),
+    (r"^[({]+([^(),{}]*)[)}]+$", r"\1"))]
+
+
+def same_value(gold, box):
+    """Whether two LaTeX answers mean the same, by math-verify behind our own rewrite rules."""
+    decimal = re.search(r"\.\d*[1-9]|\d[eE][+-]?\d", gold)            # is only given to some digits
+    for pattern, replacement in SPELLINGS:
+        gold, box = (pattern.sub(replacement, text).strip().rstrip(".") for text in (gold, box))
+    if not re.search(r"(?<!\\)\b[A-Za-z]", gold):        # letters in the box can only be a unit
+        box = re.sub(rf"(?<=[\d)}}])(?: +{UNIT}|[kcm]?m|kg|s|(?![万亿千百半])[一-龥]+)$", "", box)
+    if "=" not in gold:                                  # labels: x = 4, m + n = 204, x \in [2, 3]
+        exact, sign, rounded = box.partition(r"\approx")
+        if sign:
+            box = rounded if decimal or re.search(r"(?<![\\A-Za-z])[A-Za-z]", exact) else exact
+        box = re.sub(r"(?:^|(?<=,))(?:\([a-z, ]*\)\s*|[^,]*)(?:=|\\in\b)", "", box)
+    elif "=" not in box and re.match(r"\s*\w\s*=", gold):
+        gold = gold.partition("=")[2]                    # x = 9 is answered by 9
+    if gold.replace(" ", "") == box.replace(" ", ""):
+        return True
+    words = [re.sub(r"[\s()]", "", text).casefold() for text in (gold, box)]
+    if re.fullmatch(r"[a-z]{2,}", words[0]):
+        return words[0] == words[1]
+    shapes = [("=" in text, text.count(","), text[:1] + text[-1:] if text[:1] in ("(", "[") else "")
+              for text in (gold, box)]                   # math-verify is lax about all three
+    relation = re.search(r"[<>]|\\[gl]eq?(?![a-z])|\\cup", gold + box)
+    capitals = [{*re.findall("[A-Z]", text)} for text in (gold, box)]    # it takes K for k
+    if (capitals[0] != capitals[1] or REFUSED.search(gold) or REFUSED.search(box)
+            or not relation and "," in gold + box and shapes[0] != shapes[1]
+            or shapes[0][0] != shapes[1][0]):
+        return False
+    limit = 5 if threading.current_thread() is threading.main_thread() else None     # it is SIGALRM
+    gold, *boxes = (
+        parse(f"${text}$".replace(r"\%", ""), LATEX, "no_fallback", parsing_timeout=limit)
+        for text in (gold, box, f"({box})/100")[:2 + (r"\%" in box)])
+    if decimal and gold[0].is_number:
+        return any(bool(abs(gold[0] - b[0]) <= 1e-4 * abs(gold[0])) for b in boxes)
+    return any(verify(gold, b, float_rounding=12, allow_set_relation_comp=True,
+                      timeout_seconds=limit) for b in boxes)
+
 
 DAPO_HEAD = ("Solve the following math problem step by step. The last line of your response should "
              "be of the form Answer:")
@@ -1126,6 +1131,28 @@ def open_records(cfg, step):
     return tracker
 
 
+def summary(rollouts, sources, mask, a_seq, u, student_entropy, teacher_entropy, cfg):
+    """The step's metrics over all ranks: sums and counts are gathered, then divided once."""
+    facts = sum(gather([(r.reward, len(r.ids), r.truncated) for r in rollouts]), [])  # of all ranks
+    rewards, lengths, truncated = zip(*facts)
+    complete = [reward for reward, cut in zip(rewards, truncated) if not cut]  # not truncated
+    groups = [rewards[i:i + cfg.group_size] for i in range(0, len(rewards), cfg.group_size)]
+    of_teacher = {"u_mean": global_mean(u, mask), "u_negative": global_mean((u < 0).float(), mask),
+                  "phi_abs": global_mean(METHODS[cfg.method](u).abs(), mask),
+                  "teacher_entropy": global_mean(teacher_entropy, mask),
+                  "teacher_entropy_median": global_median(teacher_entropy, mask)}
+    shown = sum(gather(sources), [])                     # where each c came from
+    return {"reward": statistics.fmean(rewards),
+            "reward_complete": statistics.fmean(complete) if complete else None,
+            "length": statistics.fmean(lengths), "truncated": statistics.fmean(truncated),
+            "zero_std_groups": statistics.fmean(len(set(group)) == 1 for group in groups),
+            "seq_adv_abs": global_mean(a_seq.abs()[:, None].expand_as(mask), mask),
+            "student_entropy": global_mean(student_entropy, mask),
+            **(of_teacher if sources else dict.fromkeys(of_teacher)),
+            **{f"context/{name}": shown.count(name) / len(rewards)
+               for name in ("sibling", "solution", "answer")}}
+
+
 def record(cfg, row, bar, tracker, rollouts, sources, u, teacher_entropy, tokenizer):
     """A step's metrics into metrics.jsonl, tracker and progress bar; every tenth step also two
     rollouts with their u into samples.jsonl, where bugs of templates and rewards show first."""
@@ -1248,28 +1275,6 @@ def update(policy, optimizer, rollouts, weights, advantages, cfg, known=None):
         optimizer.zero_grad()                            # also after a skipped one
     finite = all(map(math.isfinite, losses + norms))
     return statistics.mean(losses), statistics.mean(norms), entropy, finite
-
-
-def summary(rollouts, sources, mask, a_seq, u, student_entropy, teacher_entropy, cfg):
-    """The step's metrics over all ranks: sums and counts are gathered, then divided once."""
-    facts = sum(gather([(r.reward, len(r.ids), r.truncated) for r in rollouts]), [])  # of all ranks
-    rewards, lengths, truncated = zip(*facts)
-    complete = [reward for reward, cut in zip(rewards, truncated) if not cut]  # not truncated
-    groups = [rewards[i:i + cfg.group_size] for i in range(0, len(rewards), cfg.group_size)]
-    of_teacher = {"u_mean": global_mean(u, mask), "u_negative": global_mean((u < 0).float(), mask),
-                  "phi_abs": global_mean(METHODS[cfg.method](u).abs(), mask),
-                  "teacher_entropy": global_mean(teacher_entropy, mask),
-                  "teacher_entropy_median": global_median(teacher_entropy, mask)}
-    shown = sum(gather(sources), [])                     # where each c came from
-    return {"reward": statistics.fmean(rewards),
-            "reward_complete": statistics.fmean(complete) if complete else None,
-            "length": statistics.fmean(lengths), "truncated": statistics.fmean(truncated),
-            "zero_std_groups": statistics.fmean(len(set(group)) == 1 for group in groups),
-            "seq_adv_abs": global_mean(a_seq.abs()[:, None].expand_as(mask), mask),
-            "student_entropy": global_mean(student_entropy, mask),
-            **(of_teacher if sources else dict.fromkeys(of_teacher)),
-            **{f"context/{name}": shown.count(name) / len(rewards)
-               for name in ("sibling", "solution", "answer")}}
 
 
 def train(cfg):
