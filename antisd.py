@@ -59,6 +59,7 @@ from typing import Literal
 
 import datasets
 import filelock
+import jinja2
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -965,16 +966,15 @@ def load_tokenizer(name, template_kwargs):
         tokenizer.chat_template = re.sub(
             r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda call: repr(
                 datetime.date(2026, 1, 1).strftime(call[2])), tokenizer.get_chat_template())
-        ids = {left_out: render(tokenizer, student_messages("?"), {
-            key: value for key, value in template_kwargs.items() if key != left_out})
-            for left_out in (None, *template_kwargs)}
         render(tokenizer, teacher_messages("?", "?", False), template_kwargs)    # may it be read?
-    idle, text = [key for key in template_kwargs if ids[key] == ids[None]], config.get_text_config()
+    names = {value for _, kind, value in jinja2.Environment().lex(tokenizer.chat_template)
+             if kind == "name"}
+    unknown, text = [key for key in template_kwargs if key not in names], config.get_text_config()
     scaled = [key for key in ("final_logit_softcapping", "logit_scale", "logits_scaling",
                               "logits_soft_cap", "lm_head_multiplier")
               if getattr(text, key, None) not in (None, 1)]
     for wrong, reason in (
-        (idle, f"has a chat template in which {idle} changes nothing (--chat_template_kwargs)"),
+        (unknown, f"has a chat template that does not know {unknown} (--chat_template_kwargs)"),
         (getattr(config, "quantization_config", None), "is quantized: save a dequantized copy"),
         (not any(type(m).__name__ in (model._no_split_modules or ()) for m in model.modules()),
          "does not name the layers that FSDP would split"),

@@ -707,8 +707,10 @@ def test_the_choice_of_siblings_follows_seed_and_data_position_for_any_number_of
 
 def test_template_flags_are_the_same_for_student_and_teacher(root, tmp_path):
     flags = dict(output=str(tmp_path), chat_template_kwargs='{"think": true}')
-    problems, plain = (antisd.prepare(config(root, **options), 1)[3]
-                       for options in (flags, dict(output=str(tmp_path))))
+    default = flags | dict(chat_template_kwargs='{"think": false}')       # may be said, too
+    problems, same, plain = (antisd.prepare(config(root, **options), 1)[3]
+                             for options in (flags, default, dict(output=str(tmp_path))))
+    assert same == plain
     group = [antisd.Rollout(p, [5], "x", False, 0.0) for p in problems[:2]]
     kwargs = config(root, **flags).template_kwargs
     found, _ = antisd.teacher_prompts(TOKENIZER, group, 2, kwargs, 10**6, 0)
