@@ -1188,9 +1188,11 @@ def farewell(run):
         print(f"step {row['step']}: held-out accuracy {row['eval_accuracy']:.3f} "
               f"+- {row['eval_error']:.3f}")
     gates = [(row["step"], row["gate"]) for row in rows if row.get("gate") is not None]
+    moves = [f"{'opened' if gate else 'shut'} at step {step}"
+             for (_, old), (step, gate) in zip(gates, gates[1:]) if gate != old]
     if gates:
-        print("the gate " + (", ".join(f"{'opened' if gate else 'shut'} at step {step}" for
-              (_, old), (step, gate) in zip(gates, gates[1:]) if gate != old) or "never moved"))
+        print("the gate", ", ".join(moves) or
+              ("was always open" if gates[0][1] else "never opened: no step had AntiSD's term"))
     print(f"{run / 'model'} holds the trained model")
 
 

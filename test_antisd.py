@@ -1113,6 +1113,16 @@ def test_records_of_a_run_are_complete_and_valid_json(root, tmp_path, capsys):
     assert "step 3: held-out accuracy" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("gates, said", [
+    ([0, 0, 1, 0], "opened at step 2, shut at step 3"), ([1, 1], "was always open"),
+    ([0, 0], "never opened: no step had AntiSD's term"), ([None, None], None)])
+def test_the_last_lines_say_how_the_gate_moved(tmp_path, capsys, gates, said):
+    write(tmp_path / "metrics.jsonl", [{"step": i, "gate": g} for i, g in enumerate(gates)])
+    antisd.farewell(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:-1] == ([f"the gate {said}"] if said else [])
+
+
 def test_export_is_the_checkpoints_own_kind_of_folder(root, tmp_path):
     """bfloat16 and tied goes in, trains in float32 still tied, and comes out so; all other files
     are the source's, also the generation settings that rollouts had to ignore."""
