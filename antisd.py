@@ -215,9 +215,10 @@ def render(tokenizer, messages, template_kwargs):
 def pick_solutions(group, rng):
     """The verified solution that each response of one group is shown: [(text, source), ...].
 
-    A correct sibling, the same one for the whole group; that one is shown another correct one and
-    never itself, which the teacher would only copy. Without one it is the data set's worked
-    solution, else its bare answer. group: a list of Rollout; rng: a random.Random.
+    A correct sibling, the same one for the whole group. That sibling itself is shown another
+    correct one, because the teacher would only copy what it is to score. Without a correct sibling
+    it is the data set's worked solution, else its bare answer. group: a list of Rollout; rng: a
+    random.Random.
     """
     correct = [r for r in group if r.reward == 1.0]
     rng.shuffle(correct)                                 # our choice: seeded random, not the first
@@ -390,7 +391,8 @@ def sample(policy, prompts, group_size, max_tokens, temperature=1.0, top_p=1.0, 
     stay split over the ranks, so that every rank decodes, if idly, until the last one has ended.
     """
     policy.eval()       # in train mode gradient checkpointing would drop the cache without a word
-    # top_k=0 is said because its default, 50, would truncate; NaN is left to the check in update
+    # top_k=0, because its default of 50 would truncate the law; remove_invalid_values, because
+    # with weights that are NaN `update` should end the run, with one line, and not the draw
     settings = dict(do_sample=temperature > 0, top_k=0, eos_token_id=policy.eos_ids,
                     pad_token_id=policy.eos_ids[0], synced_gpus=sharded, remove_invalid_values=True)
     if temperature > 0:
@@ -954,7 +956,7 @@ def export_model(folder, policy, source):
 def load_tokenizer(name, template_kwargs):
     """A chat model's tokenizer, its context in tokens and the folder of its files. Whatever can be
     refused before weights are read is refused here, with an InputError."""
-    with one_line(f"--model {name} cannot be loaded, from a folder or the hub"):
+    with one_line(f"--model {name} cannot be loaded, from the hub or a folder (RUN/model)"):
         config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
         source = Path(transformers.utils.cached_file(name, "config.json")).parent
         if (source / "tokenizer.json").exists():         # some classes would split text otherwise
@@ -1247,7 +1249,7 @@ def update(policy, optimizer, rollouts, weights, advantages, cfg, known=None):
     all was finite; an update that is not changes nothing.
     """
     s, entropy = known or (torch.zeros_like(weights), torch.zeros_like(weights))
-    policy.train(cfg.gradient_checkpointing)             # Hugging Face ties the one to the other
+    policy.train(cfg.gradient_checkpointing)     # transformers recomputes layers in train mode only
     losses, norms = [], []                               # of the updates
     size = len(rollouts) // cfg.updates_per_batch        # rows of one update
     for first in range(0, len(rollouts), size):
@@ -1322,10 +1324,10 @@ def train(cfg):
         sources, known = [], None                        # without a teacher, sources stay empty
         with timer("score", row):
             if cfg.method != "grpo":
-                told, sources = teacher_prompts(
+                prompts_T, sources = teacher_prompts(
                     tokenizer, rollouts, cfg.group_size, cfg.template_kwargs, longest, cfg.seed,
                     now["position"] + rank * share)
-                t, H_T = score(policy, told, responses, cfg.micro_tokens, cfg.temperature)
+                t, H_T = score(policy, prompts_T, responses, cfg.micro_tokens, cfg.temperature)
             # line 2, s = log pi_S(y_t), is update's own forward pass, unless it is needed earlier
             if cfg.updates_per_batch > 1 or cfg.method in GATED and cfg.gate_source == "student":
                 known = score(policy, prompts, responses, cfg.micro_tokens, cfg.temperature)
