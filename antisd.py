@@ -224,10 +224,10 @@ def pick_solutions(group, rng):
     rng.shuffle(correct)                                 # our choice: seeded random, not the first
     picks = []
     for r in group:
-        siblings = [sibling for sibling in correct if sibling is not r]  # our choice: never itself
+        sibling = next((c for c in correct if c is not r), None)         # our choice: never itself
         worked = final_part(r.problem["solution"] or "")
-        if siblings:
-            picks.append((final_part(siblings[0].text), "sibling"))
+        if sibling:
+            picks.append((final_part(sibling.text), "sibling"))
         elif worked:
             picks.append((worked, "solution"))
         else:
@@ -242,19 +242,19 @@ def teacher_prompts(tokenizer, rollouts, group_size, template_kwargs, longest, s
     tail); nothing else is ever cut. position: of the first problem in the data order, which seeds
     the choice of siblings, so that it is the same for any number of ranks.
     """
+    def view(r, solution):
+        messages = teacher_messages(r.problem["problem"], solution, r.reward == 1.0)
+        return render(tokenizer, messages, template_kwargs)
+
     prompts, sources = [], []
     for first in range(0, len(rollouts), group_size):
         group = rollouts[first:first + group_size]
         rng = random.Random(hash((seed, position + first // group_size)))
         for r, (solution, source) in zip(group, pick_solutions(group, rng)):
-            ids, cut, shown = tokenizer.encode(solution, add_special_tokens=False), 0, solution
-            while True:
-                messages = teacher_messages(r.problem["problem"], shown, r.reward == 1.0)
-                prompt = render(tokenizer, messages, template_kwargs)
-                if len(prompt) <= longest or cut >= len(ids):
-                    break
-                cut += len(prompt) - longest             # again, as text may encode to more ids
-                shown = "..." + tokenizer.decode(ids[cut:])
+            prompt, tail = view(r, solution), tokenizer.encode(solution, add_special_tokens=False)
+            while len(prompt) > longest and tail:        # again, as text may encode to more ids
+                tail = tail[len(prompt) - longest:]
+                prompt = view(r, "..." + tokenizer.decode(tail))
             prompts.append(prompt)
             sources.append(source)
     return prompts, sources
@@ -465,8 +465,8 @@ def score(policy, prompts, responses, micro_tokens, temperature=1.0):
     for rows in as_many_everywhere(micro_batches(lengths, micro_tokens)):
         part = policy(*pack([prompts[i] for i in rows], [responses[i] for i in rows], device),
                       temperature)                                                   # (n, T') each
-        if rows:                                         # else an idle pass beside other ranks'
-            logp[rows, :part[0].shape[1]], entropy[rows, :part[1].shape[1]] = part
+        # no rows: an idle pass beside other ranks'
+        logp[rows, :part[0].shape[1]], entropy[rows, :part[1].shape[1]] = part
     return logp, entropy
 
 
@@ -1164,16 +1164,16 @@ def record(cfg, row, bar, tracker, rollouts, sources, u, teacher_entropy, tokeni
         tracker.log(row, step=step)
     if step == cfg.warmup_steps - 1 and row["h_warm"] is not None and row["h_warm"] < 0.01:
         tqdm.write(f"H_warm is {row['h_warm']:.4f} nats a token: the gate will react to noise")
-    for i in (0, len(rollouts) - 1) if step % 10 == 0 else ():
-        r, n = rollouts[i], len(rollouts[i].ids)
-        append(run / "samples.jsonl", {
-            "step": step, "problem": r.problem["problem"], "answer": r.problem["answer"],
-            "response": r.text, "reward": r.reward, "truncated": r.truncated,
-            "context": sources[i] if sources else None,
-            "tokens": tokenizer.convert_ids_to_tokens(r.ids),
-            "u": u[i, :n].tolist() if sources else None,
-            "teacher_entropy": teacher_entropy[i, :n].tolist() if sources else None})
     if step % 10 == 0:
+        for i in (0, len(rollouts) - 1):
+            r, n = rollouts[i], len(rollouts[i].ids)
+            append(run / "samples.jsonl", {
+                "step": step, "problem": r.problem["problem"], "answer": r.problem["answer"],
+                "response": r.text, "reward": r.reward, "truncated": r.truncated,
+                "context": sources[i] if sources else None,
+                "tokens": tokenizer.convert_ids_to_tokens(r.ids),
+                "u": u[i, :n].tolist() if sources else None,
+                "teacher_entropy": teacher_entropy[i, :n].tolist() if sources else None})
         text = r.text if len(r.text) < 1200 else r.text[:600] + " [...] " + r.text[-600:]
         tqdm.write(f"\n[step {step}, reward {r.reward:.0f}] {text}\n")
     if "eval_accuracy" in row:
@@ -1260,12 +1260,12 @@ def update(policy, optimizer, rollouts, weights, advantages, cfg, known=None):
             # one reduction of gradients an update, but for models that no GPU can hold whole
             policy.set_requires_gradient_sync(k == len(micros) or cfg.sampler == "sharded")
             rows = [first + i for i in micro]            # in the whole batch
-            logp, uncertainty = policy(
+            logp, H = policy(
                 *pack([rollouts[i].problem["prompt"] for i in rows],
                       [rollouts[i].ids for i in rows], weights.device), cfg.temperature)
             at = (rows, slice(logp.shape[1]))
-            if rows and not known:                       # line 2
-                s[at], entropy[at] = logp.detach(), uncertainty
+            if not known:                                # line 2
+                s[at], entropy[at] = logp.detach(), H
             # an idle rank has no rows: a loss of 0, whose backward takes part in the reduction
             loss = policy_loss(logp, s[at], advantages(rows, s[at], entropy[at]), weights[at],
                                num_tokens or 1.0, cfg.clip)
@@ -1304,8 +1304,8 @@ def train(cfg):
 
         # line 1: y ~ pi_S(.|x) and R(x, y). Seeding right here makes a resumed run draw the same;
         # tuples of integers hash alike in every process
-        mine = next_problems(problems, now["position"], cfg.problems_per_step, cfg.seed)
-        mine = mine[rank * share:(rank + 1) * share]     # of this rank
+        first = now["position"] + rank * share           # of this rank, in the data order
+        mine = next_problems(problems, first, share, cfg.seed)
         torch.manual_seed(hash((cfg.seed, step, rank)))
         started = time.perf_counter()
         with timer("rollout", row):
@@ -1324,9 +1324,8 @@ def train(cfg):
         sources, known = [], None                        # without a teacher, sources stay empty
         with timer("score", row):
             if cfg.method != "grpo":
-                prompts_T, sources = teacher_prompts(
-                    tokenizer, rollouts, cfg.group_size, cfg.template_kwargs, longest, cfg.seed,
-                    now["position"] + rank * share)
+                prompts_T, sources = teacher_prompts(tokenizer, rollouts, cfg.group_size,
+                                                     cfg.template_kwargs, longest, cfg.seed, first)
                 t, H_T = score(policy, prompts_T, responses, cfg.micro_tokens, cfg.temperature)
             # line 2, s = log pi_S(y_t), is update's own forward pass, unless it is needed earlier
             if cfg.updates_per_batch > 1 or cfg.method in GATED and cfg.gate_source == "student":
