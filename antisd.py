@@ -1267,8 +1267,8 @@ def update(policy, optimizer, rollouts, weights, advantages, cfg, known=None):
             if not known:                                # line 2
                 s[at], entropy[at] = logp.detach(), H
             # an idle rank has no rows: a loss of 0, whose backward takes part in the reduction
-            loss = policy_loss(logp, s[at], advantages(rows, s[at], entropy[at]), weights[at],
-                               num_tokens or 1.0, cfg.clip)
+            a = advantages(rows, s[at], entropy[at]) if rows else s[at]
+            loss = policy_loss(logp, s[at], a, weights[at], num_tokens or 1.0, cfg.clip)
             (loss * dist.get_world_size()).backward()    # FSDP averages over ranks; this undoes it
             loss_sum += loss.item()
         norms.append(nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)

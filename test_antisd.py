@@ -817,6 +817,7 @@ def run_case(root, name):
 
     def advantages(rows, logp, H):
         at = rows, slice(logp.shape[1])
+        assert rows                                      # quantiles of nothing would fail
         s[at], u[at] = logp, t[at] - logp
         return antisd.token_advantages(a_seq[rows], u[at], LAM, cfg.method, cfg.compose)
     counts = antisd.token_weights(mask, torch.tensor(truncated), cfg.loss_agg, cfg.mask_truncated)
