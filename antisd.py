@@ -1,4 +1,4 @@
-"""AntiSD, Anti-Self-Distillation for reasoning RL, in one readable file.
+r"""AntiSD, Anti-Self-Distillation for reasoning RL, in one readable file.
 
 The method is that of "Anti-Self-Distillation for Reasoning RL via Pointwise Mutual Information"
 (Shen et al., 2026, arXiv 2605.11609); equation and table numbers below are the paper's. A language
@@ -9,7 +9,7 @@ the student towards that teacher. AntiSD pushes it away, with a capped reward fo
 finds unlikely, and a gate switches the push off when the teacher's entropy collapses.
 
     torchrun antisd.py @toy/demo.args                                    # a laptop, minutes
-    torchrun --nproc-per-node 8 antisd.py --model Qwen/Qwen3-4B-Instruct-2507 \\
+    torchrun --nproc-per-node 8 antisd.py --model Qwen/Qwen3-4B-Instruct-2507 \
         --max_tokens 8192 --rollout_batch 16 --gradient_checkpointing --output runs/qwen3-4b
 
 Algorithm 1, line by line, all of it in train():
@@ -23,12 +23,14 @@ Algorithm 1, line by line, all of it in train():
     8  A_t = A_seq - lambda * sg[phi(u_t)], Eq. (2), (6)                 token_advantages
     9  one policy-gradient update                                        update, policy_loss
 
-Read sections 1 to 4 and 10; sections 5 to 9 are what any trainer needs around them. Left out on
-purpose: critic, KL term, reference model, reward model, inference engine, tensor parallelism.
-Shapes: N rows, the responses that one rank holds, G in a row to each problem; T response tokens, L
-tokens with the prompt, V words, D hidden. Logarithms are natural, so log-probabilities, u and
-entropies are in nats. Where the paper is silent the line says `our choice` or `not in the paper`;
-the README lists the choices that change results.
+Read sections 1 to 4 and 10; sections 5 to 9 are what any trainer needs around them: cfg.NAME is
+the flag --NAME, explained in section 5. Left out on purpose: critic, KL term, reference model,
+reward model, inference engine, tensor parallelism.
+Shapes: B problems on this rank with G responses each, which are N = B * G rows, groups consecutive;
+T tokens of the longest response, L of the longest prompt with its response, V words, D hidden. Of a
+micro-batch, n rows and T' tokens; M response tokens without padding, m of them at a time.
+Logarithms are natural, so log-probabilities, u and entropies are in nats. Where the paper is silent
+the line says `our choice` or `not in the paper`; the README lists the choices that change results.
 """
 import ctypes
 import dataclasses
@@ -86,17 +88,18 @@ def group_advantages(rewards, group_size):
     """
     groups = rewards.view(-1, group_size)                                            # (B, G)
     centred = groups - groups.mean(1, keepdim=True)
-    # our choice: unbiased std + 1e-6; an all-equal group gets 0 itself, not rounding noise / 1e-6
+    # our choice: unbiased std + 1e-6; an all-equal group gets exactly 0, not rounding noise / 1e-6
     advantages = centred / (groups.std(1, keepdim=True) + 1e-6)
     equal = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)
     return advantages.masked_fill(equal, 0.0).view(-1)
 
 
 def phi(u):
-    """The f-divergence derivative of the JSD at pi_S / pi_T = exp(-u), Eq. (6); any shape.
+    """Eq. (6): minus the derivative of the JSD's generator at pi_S / pi_T = exp(-u); any shape.
 
-    Rises from -log(2)/2 (u << 0, deliberation) through phi(0) = 0 with slope 1/4, and then as u/2
-    (u >> 0, shortcuts). softplus and not log(1 + exp(u)), because that one overflows.
+    Rises from -log(2)/2 (u << 0: deliberation, such as "Wait", which the teacher finds unlikely)
+    through phi(0) = 0 with slope 1/4 to (u - log(2))/2 (u >> 0: shortcuts that the solution
+    implies). softplus and not log(1 + exp(u)), because that one overflows.
     """
     return 0.5 * (F.softplus(u) - math.log(2))
 
@@ -105,7 +108,8 @@ def phi(u):
 # To try a signal of your own, add it here, and to GATED if the gate should rule it. With v drawn
 # from pi_S and the teacher held fixed,
 #     grad JSD(pi_S || pi_T) = E[-phi(u_v) grad log pi_S(v)]     so delta = -phi ascends the JSD,
-#     grad  KL(pi_S || pi_T) = E[  -u_v    grad log pi_S(v)]     so delta = +u descends the KL.
+#     grad  KL(pi_S || pi_T) = E[  -u_v    grad log pi_S(v)]     so delta = +u descends the KL,
+#     grad  KL(pi_T || pi_S) = E[-exp(u_v) grad log pi_S(v)]     so delta = 1 - exp(u) ascends it.
 METHODS = {
     "grpo": torch.zeros_like,           # the baseline
     "sd": lambda u: u,                  # self-distillation, Eq. (3)
@@ -136,8 +140,9 @@ def token_advantages(seq_advantages, u, lam, method="antisd", compose="add"):
 class EntropyGate:
     """The Schmitt trigger of Eq. (7) on the teacher's entropy H, in nats per token.
 
-    For `warmup_steps` steps it returns 0 and records H; h_warm is their median. From then on
-    g <- 1 if H >= h_warm; g <- 0 if H < tau_down * h_warm; else unchanged. tau_down=0: never shuts.
+    For `warmup_steps` steps it returns 0 and records H; h_warm is their median. Then it is open,
+    g = 1, and g <- 1 if H >= h_warm; g <- 0 if H < tau_down * h_warm; else unchanged. tau_down=0:
+    never shuts.
     """
 
     def __init__(self, warmup_steps=5, tau_down=0.93):
@@ -173,9 +178,10 @@ def policy_loss(logp, old_logp, advantages, mask, num_tokens, clip=0.2):
     """PPO's clipped surrogate: -sum(mask * min(r A, clip(r) A)) / num_tokens, r = pi / pi_old.
 
     logp, old_logp, advantages, mask: (N, T); mask may hold weights; returns a scalar. num_tokens is
-    the count of the WHOLE step, over all micro-batches and ranks, so that adding the micro-batches'
-    losses gives the step's loss however the batch was split. With one update per batch old_logp is
-    logp itself: r = 1, the clip is inert, the loss is -mean A and its gradient -A grad log pi.
+    the mask's sum over the WHOLE update, all its micro-batches and ranks, so that the losses of the
+    micro-batches add up to the update's loss however it was split. With one update per batch
+    old_logp is logp itself: r = 1, the clip is inert, the loss is -mean A, and its gradient
+    -mean(A grad log pi).
     """
     ratio = torch.exp(logp - old_logp.detach())
     clipped = ratio.clamp(1 - clip, 1 + clip)
@@ -197,7 +203,8 @@ def teacher_messages(problem, solution, correct):
     verdict on the student's own response. No solution means no c: the student's messages."""
     messages = student_messages(problem)
     if solution:
-        # plain concatenation, because solutions are full of braces, backslashes and percent signs
+        # the verdict is of the student's own response, not of the solution above it: the paper's
+        # words. Concatenated, because solutions are full of braces, backslashes and percent signs
         messages[-1]["content"] += (
             "\n\nYour previous attempt:\n" + solution
             + "\n\nPrevious assessment: Your answer is " + ("correct." if correct else "incorrect.")
@@ -210,6 +217,15 @@ def render(tokenizer, messages, template_kwargs):
     differed besides c would show up in u."""
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True,
                                          return_dict=False, **template_kwargs)
+
+
+@dataclasses.dataclass
+class Rollout:
+    problem: dict           # a row of load_problems, with the student's prompt ids as "prompt"
+    ids: list               # the response's ids, up to and including its first end-of-sequence id
+    text: str               # ids decoded: what is graded and, if right, shown to the teacher
+    truncated: bool         # ran into max_tokens
+    reward: float           # R in {0, 1}
 
 
 def pick_solutions(group, rng):
@@ -249,10 +265,11 @@ def teacher_prompts(tokenizer, rollouts, group_size, template_kwargs, longest, s
     prompts, sources = [], []
     for first in range(0, len(rollouts), group_size):
         group = rollouts[first:first + group_size]
+        # tuples of integers hash alike in every process
         rng = random.Random(hash((seed, position + first // group_size)))
         for r, (solution, source) in zip(group, pick_solutions(group, rng)):
             prompt, tail = view(r, solution), tokenizer.encode(solution, add_special_tokens=False)
-            while len(prompt) > longest and tail:        # again, as text may encode to more ids
+            while len(prompt) > longest and tail:        # again, as decoded text may be more ids
                 tail = tail[len(prompt) - longest:]
                 prompt = view(r, "..." + tokenizer.decode(tail))
             prompts.append(prompt)
@@ -282,8 +299,9 @@ def extract_boxed(text):
 
 
 def is_correct(response, answer):
-    """Whether the response's last box equals the reference answer: bool; it never raises. The box
-    is ours, because math-verify would join several boxes and fall back on numbers in the prose."""
+    """Whether the response's last box equals the reference answer, both text: bool. It never
+    raises, nor must what you put in its place. The box is ours, because math-verify would join
+    several boxes and fall back on numbers in the prose."""
     gold, box = answer.strip(), (extract_boxed(response) or "").strip()
     if not 0 < len(box) <= max(300, 2 * len(gold)):
         return False
@@ -295,16 +313,7 @@ def is_correct(response, answer):
         return False
 
 
-# --- 4. The policy: rollouts and log-probabilities from one set of weights ------------------------
-
-
-@dataclasses.dataclass
-class Rollout:
-    problem: dict           # a row of load_problems, with the student's prompt ids as "prompt"
-    ids: list               # the response's ids, up to and including its first end-of-sequence id
-    text: str               # ids decoded: what is graded and, if right, shown to the teacher
-    truncated: bool         # ran into max_tokens
-    reward: float           # R in {0, 1}
+# --- 4. The policy: rollouts and log-probabilities from one set of weights, on all ranks ----------
 
 
 def token_logprobs(hidden, lm_head, targets, temperature=1.0, chunk=1024):
@@ -316,12 +325,13 @@ def token_logprobs(hidden, lm_head, targets, temperature=1.0, chunk=1024):
     tokens x 152K words in fp32 would be 20 GB.
     """
     def piece(h, y):
-        # upcast first: a bf16 log-softmax errs by 0.01 nats, the size of a typical u (what the
-        # head itself rounds stays)
+        # upcast first: a bf16 log-softmax would err by 0.01 nats. The bf16 head's own rounding, up
+        # to 0.06 for logits of 16 to 32, stays, as in generation
         logps = F.log_softmax(lm_head(h).float() / temperature, dim=-1)              # (m, V)
         logp = logps.gather(-1, y[:, None]).squeeze(-1)
-        with torch.no_grad():            # last, so that backward's second forward stops before it
-            entropy = -torch.linalg.vecdot(logps.exp(), logps.clamp_min(-1e9))   # 0 * -inf is nan
+        with torch.no_grad():            # last, so that backward's recomputation stops before it
+            # clamped, because p = 0 with log p = -inf would give nan
+            entropy = -torch.linalg.vecdot(logps.exp(), logps.clamp_min(-1e9))
         return logp, entropy
 
     if hasattr(lm_head, "weight"):
@@ -339,14 +349,14 @@ class Policy(nn.Module):
         super().__init__()
         self.model, self.eos_ids, self.source_dtype = model.eval(), sorted(eos_ids), model.dtype
         # student and teacher must be one function: no dropout, not even in the train mode that
-        # gradient checkpointing needs; models keep its rate in a module or in a number
+        # gradient checkpointing needs. Some models keep its rate in nn.Dropout, others in a number
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
             for name, value in vars(module).items():
                 if "drop" in name and isinstance(value, float):
                     setattr(module, name, 0.0)
-        # the checkpoint's top_k, penalties and so on would change the law that we sample from
+        # the checkpoint's top_k, penalties and so on would change the distribution we sample from
         model.generation_config = GenerationConfig()
 
     def forward(self, ids, predicts, temperature=1.0):
@@ -368,9 +378,54 @@ class Policy(nn.Module):
         return self.model.generate(**inputs)
 
 
+def gather(value):
+    """[value of rank 0, value of rank 1, ...] on every rank; the one collective besides FSDP's."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def global_mean(values, mask):
+    """Mean of values (N, T) where mask, over ALL ranks; 0 where nothing is."""
+    parts = gather((values[mask].double().sum().item(), int(mask.sum())))
+    total, count = map(sum, zip(*parts))
+    return total / max(1, count)
+
+
+def global_median(values, mask):
+    """Median over ALL ranks' tokens (our choice: an average of ranks' medians is not a median)."""
+    ordered = torch.cat(gather(values[mask].cpu())).double().sort().values
+    return ordered[[(len(ordered) - 1) // 2, len(ordered) // 2]].mean().item()
+
+
+def micro_batches(lengths, budget):
+    """Row indices in micro-batches of similar length, longest first: rows * longest <= budget, at
+    most a tenth of it padding; a row beyond the budget goes alone."""
+    batches = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        last = batches[-1] + [i] if batches else []
+        padded = len(last) * max((lengths[j] for j in last), default=0)
+        if last and padded <= budget and sum(lengths[j] for j in last) >= 0.9 * padded:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def as_many_everywhere(batches):
+    """`batches` and then empty ones, up to the count of the rank that has most.
+
+    Every forward pass of a sharded model is a communication that all ranks must take part in. A
+    rank that has run out of work is idle: `pack` makes a row without response tokens of its empty
+    batch, which has no log-probs and a loss of 0.
+    """
+    return batches + [[]] * (max(gather(len(batches))) - len(batches))
+
+
 def pack(prompts, responses, device):
-    """prompt + response, right-padded -> ids (n, L), predicts (n, L-1). No rows: one idle row, with
-    which a rank that has run out of micro-batches takes part in the others' communication."""
+    """prompt + response, right-padded -> ids (n, L), predicts (n, L-1). No rows: one idle row."""
     rows = [p + r for p, r in zip(prompts, responses)] or [[0, 0]]
     width = max(map(len, rows))                          # L
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)  # (n, L)
@@ -400,9 +455,9 @@ def sample(policy, prompts, group_size, max_tokens, temperature=1.0, top_p=1.0, 
     size = max(1, rollout_batch // group_size if rollout_batch else len(prompts))
     parts, responses = [prompts[i:i + size] for i in range(0, len(prompts), size)], []
     for part in as_many_everywhere(parts) if sharded else parts:
-        drawn = decode(policy, part or [[0, 0]], group_size, max_tokens,  # [[0, 0]]: idle
+        drawn = decode(policy, part or [[0, 0]], group_size, max_tokens,     # [[0, 0]]: idle row
                        max_tokens if sharded else stride, settings)
-        responses += drawn if part else []               # an idle rank's are nobody's
+        responses += drawn if part else []
     return responses
 
 
@@ -413,14 +468,15 @@ def decode(policy, prompts, group_size, max_tokens, stride, settings):
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     cache = DynamicCache(config=policy.model.config)     # knows windows and linear attention
-    # each prompt is read once for its whole group; the token that this call draws is not used
+    # read each prompt, but for its last token, once for its group; generate() must draw one token
+    # here, which is not used
     policy.generate(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache,
                     max_new_tokens=1, **settings)
-    rows = torch.arange(len(prompts), device=device).repeat_interleave(group_size)
-    ids, mask, responses = ids[rows], mask[rows], [[] for _ in rows]
-    alive = list(responses)                              # those that still grow
+    keep = torch.arange(len(prompts), device=device).repeat_interleave(group_size)   # G copies
+    ids, mask, responses = ids[keep], mask[keep], [[] for _ in keep]
+    alive = list(responses)                              # those of these lists that still grow
     for done in range(0, max_tokens, stride):
-        cache.reorder_cache(rows)        # the one choice of rows that every kind of layer offers
+        cache.reorder_cache(keep)        # its rows; the one way that every kind of layer offers
         whole = policy.generate(input_ids=ids, attention_mask=mask, past_key_values=cache,
                                 max_new_tokens=min(stride, max_tokens - done), **settings)
         new = whole[:, ids.shape[1]:]                                              # (n, <= stride)
@@ -428,27 +484,29 @@ def decode(policy, prompts, group_size, max_tokens, stride, settings):
         stops = torch.where(ended.any(1), ended.int().argmax(1) + 1, new.shape[1])
         for response, tokens, stop in zip(alive, new.tolist(), stops.tolist()):
             response += tokens[:stop]                    # the end token is an action too: it stays
-        rows = (~ended.any(1)).nonzero().squeeze(1)      # those that go on
-        if not len(rows):
+        keep = (~ended.any(1)).nonzero().squeeze(1)      # those that go on
+        if not len(keep):
             break
-        ids, alive = whole[rows], [alive[i] for i in rows.tolist()]
-        mask = torch.cat([mask[rows], mask.new_ones(len(rows), new.shape[1])], 1)
+        ids, alive = whole[keep], [alive[i] for i in keep.tolist()]
+        mask = torch.cat([mask[keep], mask.new_ones(len(keep), new.shape[1])], 1)
     return responses
 
 
-def roll_out(policy, tokenizer, problems, k, sampler="generate", **settings):
-    """k graded responses to each problem, groups consecutive; settings are those of `sample`."""
+def roll_out(policy, tokenizer, problems, group_size, sampler="generate", **settings):
+    """`group_size` graded responses to each problem, consecutive; settings: those of `sample`."""
     sharded = sampler == "sharded"
     with nullcontext() if sharded else gathered(policy):
-        responses = sample(policy, [p["prompt"] for p in problems], k, sharded=sharded, **settings)
-    # special tokens are no text, but the tags of a thought are, even where they count as special
+        responses = sample(policy, [p["prompt"] for p in problems], group_size, sharded=sharded,
+                           **settings)
+    # special tokens are no text, but <think> and </think> are, which some tokenizers call special
     special = {i for i, token in tokenizer.added_tokens_decoder.items()
                if token.special and token.content not in ("<think>", "</think>")}
     rollouts = []                                        # in the problems' order
     for i, ids in enumerate(responses):
-        problem, text = problems[i // k], tokenizer.decode([x for x in ids if x not in special])
+        problem = problems[i // group_size]
+        text = tokenizer.decode([x for x in ids if x not in special])
         if tokenizer.decode(problem["prompt"][-16:]).rstrip().endswith("<think>"):
-            text = "<think>" + text                      # the prompt has opened the thought
+            text = "<think>" + text                      # which the template had opened
         rollouts.append(Rollout(problem, ids, text, ids[-1] not in policy.eos_ids,
                                 float(is_correct(text, problem["answer"]))))
     return rollouts
@@ -760,7 +818,7 @@ def next_problems(problems, position, count, seed):
     return batch
 
 
-# --- 7. Many GPUs and micro-batches (safe to skip): one process is a group of one -----------------
+# --- 7. Many GPUs (safe to skip): one process is a group of one -----------------------------------
 
 
 def setup():
@@ -782,28 +840,6 @@ def setup():
     if cuda:
         torch.cuda.set_device(device)
     return dist.get_rank(), dist.get_world_size(), device
-
-
-def gather(value):
-    """[value of rank 0, value of rank 1, ...] on every rank; the one collective besides FSDP's."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def global_mean(values, mask):
-    """Mean of values (N, T) where mask, over ALL ranks; 0 where nothing is."""
-    parts = gather((values[mask].double().sum().item(), int(mask.sum())))
-    total, count = map(sum, zip(*parts))
-    return total / max(1, count)
-
-
-def global_median(values, mask):
-    """Median over ALL ranks' tokens (our choice: an average of ranks' medians is not a median)."""
-    ordered = torch.cat(gather(values[mask].cpu())).double().sort().values
-    return ordered[[(len(ordered) - 1) // 2, len(ordered) // 2]].mean().item()
 
 
 def shard(policy, dtype, device):
@@ -836,26 +872,6 @@ def gathered(policy):
         for layer in layers:
             layer.set_reshard_after_forward(True, recurse=False)
             layer.reshard()
-
-
-def micro_batches(lengths, budget):
-    """Row indices in micro-batches of similar length, longest first: rows * longest <= budget, at
-    most a tenth of it padding; a row beyond the budget goes alone."""
-    batches = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        last = batches[-1] + [i] if batches else []
-        padded = len(last) * max((lengths[j] for j in last), default=0)
-        if last and padded <= budget and sum(lengths[j] for j in last) >= 0.9 * padded:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
-
-
-def as_many_everywhere(batches):
-    """`batches` and then empty ones, up to the count of the rank that has most: every pass of a
-    sharded model is a communication, which all ranks must take part in."""
-    return batches + [[]] * (max(gather(len(batches))) - len(batches))
 
 
 # --- 8. Checkpoints (safe to skip): a run may be stopped in any way, and goes on with --resume ----
@@ -1243,10 +1259,11 @@ def update(policy, optimizer, rollouts, weights, advantages, cfg, known=None):
     """A clipped policy gradient: cfg.updates_per_batch updates, each on whole groups of rollouts.
 
     weights (N, T): see token_weights. advantages(rows, s, entropy): a function of row numbers (n),
-    log pi_S and entropies (n, T') of these rows, detached, that returns their per-token advantages.
-    known: the (s, entropy) of the batch where they were scored before; else this forward pass gives
-    them. Returns loss and gradient norm (means over the updates), s's entropy (N, T), and whether
-    all was finite; an update that is not changes nothing.
+    log pi_S and entropies (n, T') of these rows, detached, that returns their per-token advantages,
+    (n, T'). known: (s, entropy) of the whole batch, (N, T) each, if it was scored before; else they
+    come from this forward pass. Returns loss and gradient norm (means over the updates), the
+    entropies (N, T), and whether all was finite. An update with a loss or a norm that is not
+    finite, or without any token, is skipped.
     """
     s, entropy = known or (torch.zeros_like(weights), torch.zeros_like(weights))
     policy.train(cfg.gradient_checkpointing)     # transformers recomputes layers in train mode only
@@ -1257,7 +1274,8 @@ def update(policy, optimizer, rollouts, weights, advantages, cfg, known=None):
         lengths = [len(r.problem["prompt"]) + len(r.ids) for r in rollouts[first:first + size]]
         micros, loss_sum = as_many_everywhere(micro_batches(lengths, cfg.micro_tokens)), 0.0
         for k, micro in enumerate(micros, 1):
-            # one reduction of gradients an update, but for models that no GPU can hold whole
+            # gradients are reduced once an update, with its last micro-batch; sharded, every time,
+            # because until then they lie whole on every GPU
             policy.set_requires_gradient_sync(k == len(micros) or cfg.sampler == "sharded")
             rows = [first + i for i in micro]            # in the whole batch
             logp, H = policy(
@@ -1288,6 +1306,7 @@ def train(cfg):
     policy, optimizer = build(cfg, tokenizer, device)
     gate = EntropyGate(cfg.warmup_steps, cfg.tau_down)
     statistic = {"mean": global_mean, "median": global_median}[cfg.gate_stat]
+    watches_student = cfg.method in GATED and cfg.gate_source == "student"
     now = restore(cfg, policy, optimizer, {"step": 0, "position": 0, "skipped_updates": 0,
                                            "failures": 0, "gate": gate.state_dict()})
     gate.load_state_dict(now["gate"])                    # h_warm, and whether it is open
@@ -1302,8 +1321,7 @@ def train(cfg):
             with timer("eval", row):
                 row |= evaluate(policy, tokenizer, held_out, cfg)
 
-        # line 1: y ~ pi_S(.|x) and R(x, y). Seeding right here makes a resumed run draw the same;
-        # tuples of integers hash alike in every process
+        # line 1: y ~ pi_S(.|x) and R(x, y). Seeding right here makes a resumed run draw the same
         first = now["position"] + rank * share           # of this rank, in the data order
         mine = next_problems(problems, first, share, cfg.seed)
         torch.manual_seed(hash((cfg.seed, step, rank)))
@@ -1328,7 +1346,7 @@ def train(cfg):
                                                      cfg.template_kwargs, longest, cfg.seed, first)
                 t, H_T = score(policy, prompts_T, responses, cfg.micro_tokens, cfg.temperature)
             # line 2, s = log pi_S(y_t), is update's own forward pass, unless it is needed earlier
-            if cfg.updates_per_batch > 1 or cfg.method in GATED and cfg.gate_source == "student":
+            if cfg.updates_per_batch > 1 or watches_student:
                 known = score(policy, prompts, responses, cfg.micro_tokens, cfg.temperature)
         if cfg.method == "no_teacher":
             t = torch.zeros_like(t)                      # log pi_T := 0
@@ -1336,10 +1354,11 @@ def train(cfg):
         # lines 6, 7: one gate for all ranks, on every token of all of them
         g, lam = None, cfg.lam
         if cfg.method in GATED:
-            g = gate.update(statistic(H_T if cfg.gate_source == "teacher" else known[1], mask))
+            g = gate.update(statistic(known[1] if watches_student else H_T, mask))
             lam = g * cfg.lam                                                        # Eq. (7)
 
-        def advantages(rows, s, H_S):    # of these rows: log pi_S and entropies, (n, T') each
+        # called by update with each micro-batch; s, H_S: (n, T'), 0 on padding; fills u as well
+        def advantages(rows, s, H_S):
             at = (rows, slice(s.shape[1]))
             u[at] = t[at] - s                                                # line 4, Eq. (4)
             return token_advantages(a_seq[rows], u[at], lam, cfg.method,     # lines 5, 8, Eq. (2)

@@ -486,7 +486,7 @@ def test_scores_do_not_depend_on_padding_or_micro_batches(kind):
 def test_dropout_is_off_in_train_mode_too(kind, settings):
     policy = antisd.Policy(tiny(kind, **settings), [END])
     rows = antisd.pack([PROMPTS[1]], [list(range(20, 40))], CPU)
-    torch.testing.assert_close(policy.train()(*rows)[0], policy.eval()(*rows)[0])
+    torch.testing.assert_close(policy.train()(*rows)[0], policy.eval()(*rows, 1.0)[0])
 
 
 def test_micro_batches_hold_every_row_once_within_the_budget_and_a_tenth_of_padding():
@@ -503,6 +503,35 @@ def test_micro_batches_hold_every_row_once_within_the_budget_and_a_tenth_of_padd
 # --- Rollouts ------------------------------------------------------------------------------------
 
 PROMPTS = [[3, 5, 8], [3, 9, 12, 14, 6, 7, 30, 31, 8, 40, 41], [0, END, 21, 22, 8], [17, 8]]
+
+
+def test_passes_are_as_small_as_asked_and_gathered_unless_sharded(root, monkeypatch):
+    """rollout_batch bounds the rows of a decoding pass, micro_tokens the tokens of a scoring or
+    training pass, and only --sampler sharded leaves the weights split."""
+    cfg, shapes, drawn, split = config(root, micro_tokens=40), [], [], []
+    policy, optimizer = antisd.build(cfg, TOKENIZER, CPU)
+    policy.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
+    plain = policy.generate
+
+    def generate(input_ids, **inputs):
+        drawn.append(len(input_ids))
+        split.append(isinstance(policy.model.lm_head.weight, torch.distributed.tensor.DTensor))
+        return plain(input_ids=input_ids, **inputs)
+    monkeypatch.setattr(policy, "generate", generate)
+    problems = [{"prompt": p, "answer": "1"} for p in PROMPTS]
+    for sampler in "generate", "sharded":
+        drawn.clear(), split.clear()
+        rollouts = antisd.roll_out(policy, TOKENIZER, problems, 2, sampler, max_tokens=9,
+                                   rollout_batch=5)
+        assert max(drawn) == 4 and set(split) == {sampler == "sharded"}
+        assert [r.problem for r in rollouts[::2]] == [r.problem for r in rollouts[1::2]] == problems
+    shapes.clear()
+    mask = torch.ones(8, max(len(r.ids) for r in rollouts))
+    antisd.score(policy, [r.problem["prompt"] for r in rollouts], [r.ids for r in rollouts], 40)
+    scored = len(shapes)
+    antisd.update(policy, optimizer, rollouts, mask, lambda rows, s, H: s, cfg)
+    assert 2 < scored < 8 and 2 < len(shapes) - scored < 8
+    assert all(n * length <= 40 for n, length in shapes)
 
 
 def argmax_decode(model, prompt, count):
@@ -1099,6 +1128,9 @@ def test_records_of_a_run_are_complete_and_valid_json(root, tmp_path, capsys):
         assert set(KEYS + TEACHERS) <= set(row) and row["peak_memory_gib"] is None
     assert [row["lr"] for row in rows[:3]] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3])
     assert ["eval_accuracy" in row for row in rows] == [True, False, True, True]
+    for row in rows[:3]:
+        took = sum(row[f"seconds/{part}"] for part in ("rollout", "score", "train"))
+        assert took <= row["length"] * 8 / row["tokens_per_s"] < took + 1
     p = rows[3]["eval_accuracy"]
     assert 0 < p < 1 and rows[3]["eval_error"] == pytest.approx((p * (1 - p) / 7)**0.5)
     samples = read(tmp_path / "run/samples.jsonl")

@@ -287,6 +287,13 @@ def test_integers_never_reach_the_parser(monkeypatch):
     monkeypatch.setattr(antisd, "parse", None)
     assert correct("061", "61") and not correct("62", "61")
     assert correct("61".zfill(300), "61") and not correct("61".zfill(301), "61")
+    long = "12345678901" * 20                            # a longer reference, a longer box
+    assert correct(long.zfill(440), long) and not correct(long.zfill(441), long)
+
+
+def test_whatever_the_comparison_stumbles_over_is_wrong(monkeypatch):
+    monkeypatch.setattr(antisd, "verify", lambda *args, **options: 1 / 0)
+    assert not correct("x + y + 1", "1 + y + x")
 
 
 def test_other_threads_grade_without_alarms():
