@@ -528,9 +528,9 @@ def test_passes_are_as_small_as_asked_and_gathered_unless_sharded(root, monkeypa
     shapes.clear()
     mask = torch.ones(8, max(len(r.ids) for r in rollouts))
     antisd.score(policy, [r.problem["prompt"] for r in rollouts], [r.ids for r in rollouts], 40)
-    scored = len(shapes)
     antisd.update(policy, optimizer, rollouts, mask, lambda rows, s, H: s, cfg)
-    assert 2 < scored < 8 and 2 < len(shapes) - scored < 8
+    fewest = antisd.micro_batches([len(r.problem["prompt"]) + len(r.ids) for r in rollouts], 40)
+    assert len(shapes) == 2 * len(fewest) and 2 < len(fewest) < 8
     assert all(n * length <= 40 for n, length in shapes)
 
 
