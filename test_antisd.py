@@ -527,11 +527,13 @@ def test_passes_are_as_small_as_asked_and_gathered_unless_sharded(root, monkeypa
         assert [r.problem for r in rollouts[::2]] == [r.problem for r in rollouts[1::2]] == problems
     shapes.clear()
     mask = torch.ones(8, max(len(r.ids) for r in rollouts))
-    antisd.score(policy, [r.problem["prompt"] for r in rollouts], [r.ids for r in rollouts], 40)
+    rows = [r.problem["prompt"] for r in rollouts], [r.ids for r in rollouts], 40
+    antisd.score(policy, *rows)
     antisd.update(policy, optimizer, rollouts, mask, lambda rows, s, H: s, cfg)
     fewest = antisd.micro_batches([len(r.problem["prompt"]) + len(r.ids) for r in rollouts], 40)
     assert len(shapes) == 2 * len(fewest) and 2 < len(fewest) < 8
     assert all(n * length <= 40 for n, length in shapes)
+    assert torch.equal(antisd.score(policy, *rows)[0], antisd.score(policy, *rows, 1.0)[0])
 
 
 def argmax_decode(model, prompt, count):
