@@ -683,8 +683,13 @@ SPELLINGS = [(re.compile(pattern), replacement) for pattern, replacement in (
 
 
 def same_value(gold, box):
-    """Whether two LaTeX answers mean the same, by math-verify behind our own rewrite rules."""
-    decimal = re.search(r"\.\d*[1-9]|\d[eE][+-]?\d", gold)            # is only given to some digits
+    """Whether two LaTeX answers mean the same, by math-verify behind our own rewrite rules.
+
+    Both are rewritten by SPELLINGS, and units and labels that only the box has are dropped. Equal
+    text is right then, words compare as words, and what math-verify would be lax about (the count
+    of a list, the kind of its brackets, capitals) is compared here. It decides the rest.
+    """
+    decimal = re.search(r"\.\d*[1-9]|\d[eE][+-]?\d", gold)            # known to some digits only
     for pattern, replacement in SPELLINGS:
         gold, box = (pattern.sub(replacement, text).strip().rstrip(".") for text in (gold, box))
     if not re.search(r"(?<!\\)\b[A-Za-z]", gold):        # letters in the box can only be a unit
@@ -704,12 +709,13 @@ def same_value(gold, box):
     shapes = [("=" in text, text.count(","), text[:1] + text[-1:] if text[:1] in ("(", "[") else "")
               for text in (gold, box)]                   # math-verify is lax about all three
     relation = re.search(r"[<>]|\\[gl]eq?(?![a-z])|\\cup", gold + box)
-    capitals = [{*re.findall("[A-Z]", text)} for text in (gold, box)]    # it takes K for k
+    capitals = [{*re.findall("[A-Z]", text)} for text in (gold, box)]    # K is not k
     if (capitals[0] != capitals[1] or REFUSED.search(gold) or REFUSED.search(box)
             or not relation and "," in gold + box and shapes[0] != shapes[1]
             or shapes[0][0] != shapes[1][0]):
         return False
-    limit = 5 if threading.current_thread() is threading.main_thread() else None     # it is SIGALRM
+    # math-verify's limit, in seconds, is an alarm signal, which only the main thread may set
+    limit = 5 if threading.current_thread() is threading.main_thread() else None
     gold, *boxes = (
         parse(f"${text}$".replace(r"\%", ""), LATEX, "no_fallback", parsing_timeout=limit)
         for text in (gold, box, f"({box})/100")[:2 + (r"\%" in box)])
