@@ -1027,6 +1027,7 @@ def load_policy(name, dtype, tokenizer):
                                                             output_loading_info=True)
         if found["missing_keys"]:                        # they would be drawn at random, silently
             raise ValueError(f"its files hold no weights for {sorted(found['missing_keys'])[0]}")
+    # Policy.forward puts lm_head on the hidden states itself: is that the model's own output?
     with torch.no_grad():
         probe = torch.tensor([[0, 1]])
         ours = model.get_output_embeddings()(model.base_model(input_ids=probe)[0])
@@ -1071,6 +1072,7 @@ def open_run(cfg, data):
         raise InputError(f"{run / 'model'} exists and no run made it: choose another --output")
     if cfg.init_from and not checkpoints(cfg.init_from):
         raise InputError(f"--init_from {cfg.init_from} holds no checkpoint")
+    # a machine without git, or a copy without its history, runs as well
     failed, commit = subprocess.getstatusoutput(
         f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD")
     gather(None)                                         # every rank has read the old one
@@ -1295,6 +1297,7 @@ def update(policy, optimizer, rollouts, weights, advantages, cfg, known=None):
             loss = policy_loss(logp, s[at], a, weights[at], num_tokens or 1.0, cfg.clip)
             (loss * dist.get_world_size()).backward()    # FSDP averages over ranks; this undoes it
             loss_sum += loss.item()
+        # of all ranks' shards together, before clipping
         norms.append(nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
                      .full_tensor().item())
         losses.append(sum(gather(loss_sum)))
