@@ -349,13 +349,12 @@ class Policy(nn.Module):
         super().__init__()
         self.model, self.eos_ids, self.source_dtype = model.eval(), sorted(eos_ids), model.dtype
         # student and teacher must be one function: no dropout, not even in the train mode that
-        # gradient checkpointing needs. Some models keep its rate in nn.Dropout, others in a number
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            for name, value in vars(module).items():
-                if "drop" in name and isinstance(value, float):
-                    setattr(module, name, 0.0)
+        # gradient checkpointing needs. Its rates are p of nn.Dropout, or numbers of that name in a
+        # module or in the configuration
+        for part in (model.config, *model.modules()):
+            for name, value in vars(part).items():
+                if "drop" in f"{type(part).__name__} {name}".lower() and isinstance(value, float):
+                    setattr(part, name, 0.0)
         # the checkpoint's top_k, penalties and so on would change the distribution we sample from
         model.generation_config = GenerationConfig()
 

@@ -482,7 +482,8 @@ def test_scores_do_not_depend_on_padding_or_micro_batches(kind):
 
 @pytest.mark.parametrize("kind, settings", [
     ("gpt2", dict(resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)),
-    ("llama", dict(attention_dropout=0.3))])
+    ("llama", dict(attention_dropout=0.3)), ("falcon", dict(hidden_dropout=0.3)),
+    ("falcon", dict(attention_dropout=0.3))])
 def test_dropout_is_off_in_train_mode_too(kind, settings):
     policy = antisd.Policy(tiny(kind, **settings), [END])
     rows = antisd.pack([PROMPTS[1]], [list(range(20, 40))], CPU)
