@@ -35,6 +35,7 @@ the line says `our choice` or `not in the paper`; the README lists the choices t
 import ctypes
 import dataclasses
 import datetime
+import gc
 import hashlib
 import importlib.util
 import inspect
@@ -1238,6 +1239,7 @@ def main(run, kind=Config):
             held = lock.acquire(timeout=0) if first else nullcontext()
         with held:
             run(cfg)
+        gc.collect()         # gloo's threads must end with the model, not while the interpreter does
         dist.destroy_process_group()
     except InputError as error:
         if not first:                                    # rank 0 mostly says the same, and after
