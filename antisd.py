@@ -2,35 +2,35 @@ r"""AntiSD, Anti-Self-Distillation for reasoning RL, in one readable file.
 
 The method is that of "Anti-Self-Distillation for Reasoning RL via Pointwise Mutual Information"
 (Shen et al., 2026, arXiv 2605.11609); equation and table numbers below are the paper's. A language
-model answers a problem, a verifier grades the answer, and GRPO reinforces what beat its group.
-Beside that, the same network reads the problem once more together with a verified solution c (it
-is then called the self-teacher) and scores the student's own tokens. Self-distillation would pull
-the student towards that teacher. AntiSD pushes it away, with a capped reward for what the teacher
-finds unlikely, and a gate switches the push off when the teacher's entropy collapses.
+model answers a problem, a verifier grades the answer, and GRPO reinforces the responses that beat
+their group. In addition the same network, now called the teacher, reads the problem together with
+a verified solution c and scores the student's own tokens. Self-distillation would pull the student
+towards that teacher. AntiSD pushes it away, with a capped reward for tokens that the teacher finds
+unlikely, and a gate switches the push off when the teacher's entropy collapses.
 
     torchrun antisd.py @toy/demo.args                                    # a laptop, minutes
-    torchrun --nproc-per-node 8 antisd.py --model Qwen/Qwen3-4B-Instruct-2507 \
-        --max_tokens 8192 --rollout_batch 16 --gradient_checkpointing --output runs/qwen3-4b
+    torchrun --nproc-per-node 8 antisd.py --model Qwen/Qwen3-4B-Instruct-2507 --max_tokens 8192
 
-Algorithm 1, line by line, all of it in train():
-    1  y ~ pi_S(.|x), G responses per problem, R(x, y)                   roll_out
-    2  s_t = log pi_S(y_t)                                               update's forward pass
-    3  t_t = log pi_T(y_t), with c in the prompt                         score
-    4  u_t = t_t - s_t, the pointwise mutual information, Eq. (4)        advantages
-    5  phi(u_t), bounded below, Eq. (6)                                  METHODS, phi
-    6  H, the teacher's entropy over the batch                           global_mean
-    7  g, the Schmitt trigger; lambda = g * lambda_max, Eq. (7)          EntropyGate
-    8  A_t = A_seq - lambda * sg[phi(u_t)], Eq. (2), (6)                 token_advantages
-    9  one policy-gradient update                                        update, policy_loss
+Algorithm 1 is the function train(), where each line carries its number:
+    1  y ~ pi_S(.|x), G responses per problem, and their rewards R(x, y)     roll_out
+    2  s_t = log pi_S(y_t)                                                   Policy.forward
+    3  t_t = log pi_T(y_t): the same weights, with c in the prompt           score
+    4  u_t = t_t - s_t, the pointwise mutual information, Eq. (4)
+    5  phi(u_t), bounded below, Eq. (6)                                      phi, METHODS
+    6  H, the teacher's entropy over the batch                               global_mean
+    7  g, a Schmitt trigger on H; lambda = g * lambda_max, Eq. (7)           EntropyGate
+    8  A_t = A_seq - lambda * sg[phi(u_t)], Eq. (2), (6)                     token_advantages
+    9  one policy-gradient update                                            policy_loss
+The forward pass that line 9 needs computes s as well. So train() runs line 2 inside the loop of
+line 9, after lines 3, 6 and 7, which do not depend on s.
 
-Read sections 1 to 4 and 10; sections 5 to 9 are what any trainer needs around them: cfg.NAME is
-the flag --NAME, explained in section 5. Left out on purpose: critic, KL term, reference model,
-reward model, inference engine, tensor parallelism.
-Shapes: B problems on this rank with G responses each, which are N = B * G rows, groups consecutive;
-T tokens of the longest response, L of the longest prompt with its response, V words, D hidden. Of a
-micro-batch, n rows and T' tokens; M response tokens without padding, m of them at a time.
-Logarithms are natural, so log-probabilities, u and entropies are in nats. Where the paper is silent
-the line says `our choice` or `not in the paper`; the README lists the choices that change results.
+Sections 1 to 5 are the paper. The rest is what any trainer needs; cfg.NAME is the flag --NAME of
+section 6. Left out on purpose: critic, KL term, reference model, reward model, inference engine.
+Shapes: this rank has B problems with G responses each, N = B * G responses in all; the responses of
+one problem, a group, are consecutive. T is the length of the longest response, L that of the
+longest prompt with its response; V words, D hidden units. A micro-batch has n of the N responses
+and M response tokens. Log-probabilities, u and entropies are in nats. Where the paper is silent, a
+comment says "our choice"; the README lists the choices that change results.
 """
 import ctypes
 import dataclasses
@@ -50,11 +50,9 @@ import shutil
 import signal
 import socket
 import statistics
-import subprocess
 import sys
 import threading
 import time
-import unicodedata
 import warnings
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -70,14 +68,17 @@ import torch.nn.functional as F
 import transformers
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
-from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
-                                    register_fsdp_forward_method)
+from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy,
+                                    OffloadPolicy, fully_shard, register_fsdp_forward_method)
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache,
                           GenerationConfig, HfArgumentParser, PreTrainedTokenizerFast)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 # --- 1. The method: pure tensor functions ---------------------------------------------------------
 
@@ -88,37 +89,38 @@ def group_advantages(rewards, group_size):
     rewards (N,), where each group is `group_size` consecutive entries; returns (N,).
     """
     groups = rewards.view(-1, group_size)                                            # (B, G)
+    groups = groups - groups[:, :1]      # exact zeros where all rewards of a group are equal
     centred = groups - groups.mean(1, keepdim=True)
-    # our choice: unbiased std + 1e-6; an all-equal group gets exactly 0, not rounding noise / 1e-6
-    advantages = centred / (groups.std(1, keepdim=True) + 1e-6)
-    equal = groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True)
-    return advantages.masked_fill(equal, 0.0).view(-1)
+    # our choice: the unbiased standard deviation + 1e-6
+    return (centred / (groups.std(1, keepdim=True) + 1e-6)).view(-1)
 
 
 def phi(u):
-    """Eq. (6): minus the derivative of the JSD's generator at pi_S / pi_T = exp(-u); any shape.
+    """Eq. (6): phi(u) = (softplus(u) - log 2) / 2, any shape. It increases strictly.
 
-    Rises from -log(2)/2 (u << 0: deliberation, such as "Wait", which the teacher finds unlikely)
-    through phi(0) = 0 with slope 1/4 to (u - log(2))/2 (u >> 0: shortcuts that the solution
-    implies). softplus and not log(1 + exp(u)), because that one overflows.
+        u << 0     -> -log(2) / 2      deliberation ("Wait"), which the teacher finds unlikely
+        u = 0      -> 0, slope 1/4
+        u >> 0     -> (u - log 2) / 2  shortcuts, which the solution already implies
+
+    With the JSD's generator f(r) = (r log r - (r + 1) log((r + 1) / 2)) / 2, phi(u) is -f'(r) at
+    r = pi_S / pi_T = exp(-u). F.softplus does not overflow, as log(1 + exp(u)) would.
     """
     return 0.5 * (F.softplus(u) - math.log(2))
 
 
 # The arms: the per-token term delta in A_t = A_seq + lambda * delta(u), u = log pi_T - log pi_S.
-# To try a signal of your own, add it here, and to GATED if the gate should rule it. With v drawn
-# from pi_S and the teacher held fixed,
+# A signal of your own is one more entry here, and one in GATED if the gate should rule it. With v
+# drawn from pi_S and the teacher held fixed,
 #     grad JSD(pi_S || pi_T) = E[-phi(u_v) grad log pi_S(v)]     so delta = -phi ascends the JSD,
 #     grad  KL(pi_S || pi_T) = E[  -u_v    grad log pi_S(v)]     so delta = +u descends the KL,
 #     grad  KL(pi_T || pi_S) = E[-exp(u_v) grad log pi_S(v)]     so delta = 1 - exp(u) ascends it.
 METHODS = {
     "grpo": torch.zeros_like,           # the baseline
     "sd": lambda u: u,                  # self-distillation, Eq. (3)
-    "sd_jsd": phi,                      # descends the JSD, as the paper's table probably did
+    "sd_jsd": phi,                      # self-distillation that descends the JSD
     "antisd": lambda u: -phi(u),        # Eq. (6)
-    "antisd_kl": lambda u: -u,          # ablation: ascends the reverse KL, without the cap
-    "no_teacher": lambda u: -phi(u),    # ablation: train() sets log pi_T := 0, so that u = -s;
-                                        # the gate still reads the teacher's entropy
+    "antisd_kl": lambda u: -u,          # ablation: ascends the KL, so it has no cap
+    "no_teacher": lambda u: -phi(u),    # ablation: train() sets log pi_T to 0, so that u = -s
 }
 
 GATED = ("antisd", "antisd_kl", "no_teacher")    # our choice: warm-up and gate are AntiSD's alone
@@ -128,8 +130,8 @@ def token_advantages(seq_advantages, u, lam, method="antisd", compose="add"):
     """Every token's advantage, Eq. (2): A_t = A_seq + lambda * sg[delta(u_t)].
 
     seq_advantages (N,), u (N, T) in nats, lam >= 0; returns (N, T) without gradient. With lam = 0
-    this is GRPO. compose="mul" is Table 3's A_seq * (1 + lambda * delta), which vanishes where a
-    group is all right or all wrong; the additive form still acts there.
+    this is GRPO. compose="mul" is Table 3's A_seq * (1 + lambda * delta). It is 0 where all
+    responses of a group are right or all are wrong; the additive form still acts there.
     """
     delta = METHODS[method](u.detach())
     a_seq = seq_advantages.detach()[:, None]
@@ -139,11 +141,14 @@ def token_advantages(seq_advantages, u, lam, method="antisd", compose="add"):
 
 
 class EntropyGate:
-    """The Schmitt trigger of Eq. (7) on the teacher's entropy H, in nats per token.
+    """The Schmitt trigger (a switch with hysteresis) of Eq. (7) on the teacher's entropy H.
 
-    For `warmup_steps` steps it returns 0 and records H; h_warm is their median. Then it is open,
-    g = 1, and g <- 1 if H >= h_warm; g <- 0 if H < tau_down * h_warm; else unchanged. tau_down=0:
-    never shuts.
+    The first `warmup_steps` steps return g = 0 and record H; h_warm is the median of the recorded
+    values. The gate is open (g = 1) when the warm-up ends. From then on, each step sets
+        g = 1          if H >= h_warm,
+        g = 0          if H < tau_down * h_warm,
+        g unchanged    in between.
+    With tau_down = 0 the gate never shuts.
     """
 
     def __init__(self, warmup_steps=5, tau_down=0.93):
@@ -151,16 +156,16 @@ class EntropyGate:
         self.history, self.h_warm, self.g = [], None, 1.0        # our choice: it starts open
 
     def update(self, entropy):
-        """Takes this step's H (a float), returns this step's g: 0.0 or 1.0."""
-        if not math.isfinite(entropy):                   # a broken batch calibrates nothing
+        """Takes this step's H (a float, nats per token) and returns this step's g, 0.0 or 1.0."""
+        if not math.isfinite(entropy):                   # a broken batch must not calibrate h_warm
             return 0.0
         if len(self.history) < self.warmup_steps:
             self.history.append(float(entropy))
             if len(self.history) == self.warmup_steps:
-                # our choice: the median of the step values; the paper does not say how it pools
+                # our choice: the paper does not say how it pools the warm-up steps
                 self.h_warm = statistics.median(self.history)
             return 0.0
-        if self.h_warm is None:                          # warmup_steps=0: nothing to compare with
+        if self.h_warm is None:                          # warmup_steps=0, only with tau_down=0
             return self.g
         if entropy >= self.h_warm:       # our choice: equality opens, and does not shut
             self.g = 1.0
@@ -179,9 +184,9 @@ def policy_loss(logp, old_logp, advantages, mask, num_tokens, clip=0.2):
     """PPO's clipped surrogate: -sum(mask * min(r A, clip(r) A)) / num_tokens, r = pi / pi_old.
 
     logp, old_logp, advantages, mask: (N, T); mask may hold weights; returns a scalar. num_tokens is
-    the mask's sum over the WHOLE update, all its micro-batches and ranks, so that the losses of the
-    micro-batches add up to the update's loss however it was split. With one update per batch
-    old_logp is logp itself: r = 1, the clip is inert, the loss is -mean A, and its gradient
+    the sum of the mask over the WHOLE update, all micro-batches and ranks. So the losses of the
+    micro-batches add up to the loss of the update, however it was split. With one update per batch
+    old_logp equals logp: r = 1, the clip is inert, the loss is -mean A, and its gradient is
     -mean(A grad log pi).
     """
     ratio = torch.exp(logp - old_logp.detach())
@@ -200,12 +205,12 @@ def student_messages(problem):
 
 
 def teacher_messages(problem, solution, correct):
-    """What pi_T reads (Appendix C): the student's turn and then c, a verified solution and the
-    verdict on the student's own response. No solution means no c: the student's messages."""
+    """What pi_T reads (Appendix C): the student's turn followed by c, which is a verified solution
+    and the verdict on the student's own response. Without a solution: the student's messages."""
     messages = student_messages(problem)
     if solution:
-        # the verdict is of the student's own response, not of the solution above it: the paper's
-        # words. Concatenated, because solutions are full of braces, backslashes and percent signs
+        # In the paper, too, the verdict follows the solution but speaks of the student's response.
+        # The texts are concatenated, because solutions are full of braces and percent signs.
         messages[-1]["content"] += (
             "\n\nYour previous attempt:\n" + solution
             + "\n\nPrevious assessment: Your answer is " + ("correct." if correct else "incorrect.")
@@ -214,31 +219,31 @@ def teacher_messages(problem, solution, correct):
 
 
 def render(tokenizer, messages, template_kwargs):
-    """Chat messages -> prompt ids, the same call for student, teacher and evaluation: whatever
-    differed besides c would show up in u."""
+    """Chat messages -> prompt ids. Student, teacher and evaluation share this call, because any
+    difference other than c would show up in u."""
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True,
                                          return_dict=False, **template_kwargs)
 
 
 @dataclasses.dataclass
 class Rollout:
-    problem: dict           # a row of load_problems, with the student's prompt ids as "prompt"
+    problem: dict           # one of load_problems; its key "prompt" holds the student's prompt ids
     ids: list               # the response's ids, up to and including its first end-of-sequence id
     text: str               # ids decoded: what is graded and, if right, shown to the teacher
-    truncated: bool         # ran into max_tokens
+    truncated: bool         # the response reached max_tokens before it ended
     reward: float           # R in {0, 1}
 
 
 def pick_solutions(group, rng):
-    """The verified solution that each response of one group is shown: [(text, source), ...].
+    """The verified solution that each response of a group is shown: [(solution, origin), ...].
 
-    A correct sibling, the same one for the whole group. That sibling itself is shown another
-    correct one, because the teacher would only copy what it is to score. Without a correct sibling
-    it is the data set's worked solution, else its bare answer. group: a list of Rollout; rng: a
-    random.Random.
+    It is a correct sibling, the same one for the whole group. That sibling itself is shown another
+    correct one, because the teacher would only copy what it is to score. Where no correct sibling
+    exists, it is the data set's worked solution, else the data set's bare answer. group: a list of
+    Rollout; rng: a random.Random.
     """
     correct = [r for r in group if r.reward == 1.0]
-    rng.shuffle(correct)                                 # our choice: seeded random, not the first
+    rng.shuffle(correct)                                 # our choice: a seeded random sibling
     picks = []
     for r in group:
         sibling = next((c for c in correct if c is not r), None)         # our choice: never itself
@@ -252,33 +257,35 @@ def pick_solutions(group, rng):
     return picks
 
 
-def teacher_prompts(tokenizer, rollouts, group_size, template_kwargs, longest, seed, position=0):
-    """pi_T's prompt for each rollout, and where its solution came from: two lists of N.
+def teacher_prompts(tokenizer, rollouts, group_size, template_kwargs, max_prompt, seed, position=0):
+    """pi_T's prompt ids for each rollout, and the origin of its solution: two lists of length N.
 
-    A solution that makes a prompt longer than `longest` tokens loses its head (the answer is in the
-    tail); nothing else is ever cut. position: of the first problem in the data order, which seeds
-    the choice of siblings, so that it is the same for any number of ranks.
+    A solution that makes a prompt longer than `max_prompt` tokens loses its head, since the answer
+    stands in its tail; nothing else is ever cut. position: the place of the first problem in the
+    data order. It seeds the choice of siblings, so that the number of ranks does not change it.
     """
-    def view(r, solution):
+    def prompt_with(solution, r):
         messages = teacher_messages(r.problem["problem"], solution, r.reward == 1.0)
         return render(tokenizer, messages, template_kwargs)
 
-    prompts, sources = [], []
-    for first in range(0, len(rollouts), group_size):
-        group = rollouts[first:first + group_size]
-        # tuples of integers hash alike in every process
-        rng = random.Random(hash((seed, position + first // group_size)))
-        for r, (solution, source) in zip(group, pick_solutions(group, rng)):
-            prompt, tail = view(r, solution), tokenizer.encode(solution, add_special_tokens=False)
-            while len(prompt) > longest and tail:        # again, as decoded text may be more ids
-                tail = tail[len(prompt) - longest:]
-                prompt = view(r, "..." + tokenizer.decode(tail))
+    prompts, origins = [], []
+    for start in range(0, len(rollouts), group_size):
+        group = rollouts[start:start + group_size]
+        # Python hashes tuples of integers alike in every process, unlike strings.
+        rng = random.Random(hash((seed, position + start // group_size)))
+        for r, (solution, origin) in zip(group, pick_solutions(group, rng)):
+            prompt = prompt_with(solution, r)
+            tail = tokenizer.encode(solution, add_special_tokens=False)
+            while len(prompt) > max_prompt and tail:     # a cut text may encode to more ids: repeat
+                tail = tail[len(prompt) - max_prompt:]
+                prompt = prompt_with("..." + tokenizer.decode(tail), r)
             prompts.append(prompt)
-            sources.append(source)
-    return prompts, sources
+            origins.append(origin)
+    return prompts, origins
 
 
 # --- 3. The verifiable reward ---------------------------------------------------------------------
+
 
 def final_part(text):
     """What follows the last thought, stripped; "" where a thought is still open."""
@@ -286,60 +293,41 @@ def final_part(text):
     return "" if "<think>" in tail else tail
 
 
-def extract_boxed(text):
-    r"""What the last complete \boxed{...} or \fbox{...} after the thoughts holds, or None."""
-    opened, box, text = [], None, final_part(text)       # opened: where the braces' boxes start
-    for m in re.finditer(r"\\(?:boxed|fbox)\s*(?:(\{)|(-?\d+))|(?<!\\)\\[{}]|([{}])", text):
-        if m[2]:
-            box = m[2]                                   # \boxed 5
-        elif m[1] or m[3] == "{":
-            opened.append(m.end() if m[1] else None)
-        elif m[3] and opened and (start := opened.pop()):
-            box = text[start:m.start()]                  # an outer box closes last
-    return box
-
-
 def is_correct(response, answer):
-    """Whether the response's last box equals the reference answer, both text: bool. It never
-    raises, nor must what you put in its place. The box is ours, because math-verify would join
-    several boxes and fall back on numbers in the prose."""
-    gold, box = answer.strip(), (extract_boxed(response) or "").strip()
+    """R(x, y): whether the response's last box equals the reference answer; two texts -> bool."""
+    gold, box = answer.strip(), (extract_boxed(response) or "").strip()      # section 7
     if not 0 < len(box) <= max(300, 2 * len(gold)):
         return False
     if gold.isdecimal() and box.isdecimal():             # all of DAPO-Math and AIME
         return int(gold) == int(box)
-    try:
-        return same_value(gold, box)                     # section 6
-    except Exception:                                    # whatever it stumbles over is no answer
-        return False
+    return same_value(gold, box)                         # LaTeX, by math-verify: section 7
 
 
-# --- 4. The policy: rollouts and log-probabilities from one set of weights, on all ranks ----------
+# --- 4. The policy: log-probabilities and rollouts from one set of weights, on all ranks ----------
 
 
 def token_logprobs(hidden, lm_head, targets, temperature=1.0, chunk=1024):
     """log pi(target) and the entropy of pi, from hidden states, without ever holding all logits.
 
     hidden (M, D), lm_head: a module (m, D) -> (m, V) logits, targets (M,) ids; returns ((M,), (M,))
-    in nats, fp32; no gradient flows through the entropy. At most `chunk` rows of logits exist at a
-    time, fewer for big vocabularies (2^26 logits, 256 MiB), and backward recomputes them: 32K
-    tokens x 152K words in fp32 would be 20 GB.
+    in nats, float32; no gradient flows through the entropy. At most `chunk` rows of logits exist at
+    a time, fewer for big vocabularies (2^26 logits, 256 MiB), and the backward pass recomputes
+    them: 32K tokens x 152K words in float32 would be 20 GB.
     """
-    def piece(h, y):
-        # upcast first: a bf16 log-softmax would err by 0.01 nats. The bf16 head's own rounding, up
-        # to 0.06 for logits of 16 to 32, stays, as in generation
+    def one_chunk(h, y):
+        # float32 before log_softmax: in bfloat16 it would err by 0.01 nats, the size of many u
         logps = F.log_softmax(lm_head(h).float() / temperature, dim=-1)              # (m, V)
         logp = logps.gather(-1, y[:, None]).squeeze(-1)
-        with torch.no_grad():            # last, so that backward's recomputation stops before it
-            # clamped, because p = 0 with log p = -inf would give nan
+        with torch.no_grad():            # the last lines, so that recomputation stops before them
+            # the clamp gives 0 * -1e9 = 0 where p = 0; 0 * -inf would be NaN
             entropy = -torch.linalg.vecdot(logps.exp(), logps.clamp_min(-1e9))
         return logp, entropy
 
     if hasattr(lm_head, "weight"):
         chunk = max(1, min(chunk, 2**26 // lm_head.weight.shape[0]))
-    parts = [checkpoint(piece, h, y, use_reentrant=False, preserve_rng_state=False)
-             for h, y in zip(hidden.split(chunk), targets.split(chunk))]
-    logp, entropy = zip(*parts)
+    chunks = [checkpoint(one_chunk, h, y, use_reentrant=False, preserve_rng_state=False)
+              for h, y in zip(hidden.split(chunk), targets.split(chunk))]
+    logp, entropy = zip(*chunks)
     return torch.cat(logp), torch.cat(entropy)
 
 
@@ -348,38 +336,44 @@ class Policy(nn.Module):
 
     def __init__(self, model, eos_ids):
         super().__init__()
-        self.model, self.eos_ids, self.source_dtype = model.eval(), sorted(eos_ids), model.dtype
-        # student and teacher must be one function: no dropout, not even in the train mode that
-        # gradient checkpointing needs. Its rates are p of nn.Dropout, or numbers of that name in a
-        # module or in the configuration
-        for part in (model.config, *model.modules()):
-            for name, value in vars(part).items():
-                if "drop" in f"{type(part).__name__} {name}".lower() and isinstance(value, float):
-                    setattr(part, name, 0.0)
-        # the checkpoint's top_k, penalties and so on would change the distribution we sample from
+        self.model, self.eos_ids = model.eval(), sorted(eos_ids)
+        # The checkpoint's own top_k, penalties and so on would change the distribution of rollouts.
         model.generation_config = GenerationConfig()
+        # An empty tensor on the device that computes. With --offload the weights are elsewhere.
+        self.register_buffer("anchor", torch.empty(0, device=model.device), persistent=False)
 
-    def forward(self, ids, predicts, temperature=1.0):
-        """Log-probs and entropies of the response tokens of right-padded rows (see `pack`).
+    def forward(self, ids, response_mask, temperature=1.0):
+        """Log-probabilities and entropies of the response tokens of right-padded rows (see `pack`).
 
-        ids (n, L); predicts (n, L-1) bool: token j+1 is a response token. Returns (n, T), (n, T)
-        in nats, zeros past a response's end. Padding stands on the right, where causal attention
-        never looks, so no attention mask is needed.
+        ids (n, L); response_mask (n, L-1) bool, true at j where token j+1 belongs to the response.
+        Returns (n, T) and (n, T) in nats, with zeros after a response's end. The padding stands on
+        the right, where causal attention never looks, so the model needs no attention mask.
         """
         hidden = self.model.base_model(input_ids=ids, use_cache=False)[0]            # (n, L, D)
-        logp, entropy = token_logprobs(hidden[:, :-1][predicts], self.model.get_output_embeddings(),
-                                       ids[:, 1:][predicts], temperature)            # (M,), (M,)
-        lengths = predicts.sum(1)
+        logp, entropy = token_logprobs(hidden[:, :-1][response_mask],
+                                       self.model.get_output_embeddings(),
+                                       ids[:, 1:][response_mask], temperature)       # (M,), (M,)
+        # Boolean indexing took the tokens row by row. masked_scatter puts them back in that order.
+        lengths = response_mask.sum(1)
         mask = torch.arange(max(1, int(lengths.max())), device=ids.device) < lengths[:, None]
-        empty = torch.zeros(mask.shape, device=ids.device)                           # (n, T)
-        return empty.masked_scatter(mask, logp), empty.masked_scatter(mask, entropy)
+        zeros = torch.zeros(mask.shape, device=ids.device)                           # (n, T)
+        return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)
 
     def generate(self, **inputs):
+        """Hugging Face's generate, as a method that FSDP can hook (see `shard`)."""
         return self.model.generate(**inputs)
 
+    def train(self, mode=True):
+        """Sets the flag `training` on the decoder layers alone, where it means that the backward
+        pass recomputes them. The modules inside them stay in eval mode: with dropout, student and
+        teacher would not be one function."""
+        for module in self.modules():
+            module.training = mode and isinstance(module, GradientCheckpointingLayer)
+        return self
 
-def gather(value):
-    """[value of rank 0, value of rank 1, ...] on every rank; the one collective besides FSDP's."""
+
+def all_gather(value):
+    """[value of rank 0, value of rank 1, ...] on every rank, for any Python object."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values = [None] * dist.get_world_size()
@@ -387,161 +381,289 @@ def gather(value):
     return values
 
 
-def global_mean(values, mask):
-    """Mean of values (N, T) where mask, over ALL ranks; 0 where nothing is."""
-    parts = gather((values[mask].double().sum().item(), int(mask.sum())))
-    total, count = map(sum, zip(*parts))
-    return total / max(1, count)
-
-
-def global_median(values, mask):
-    """Median over ALL ranks' tokens (our choice: an average of ranks' medians is not a median)."""
-    ordered = torch.cat(gather(values[mask].cpu())).double().sort().values
-    return ordered[[(len(ordered) - 1) // 2, len(ordered) // 2]].mean().item()
-
-
-def micro_batches(lengths, budget):
-    """Row indices in micro-batches of similar length, longest first: rows * longest <= budget, at
-    most a tenth of it padding; a row beyond the budget goes alone."""
-    batches = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        last = batches[-1] + [i] if batches else []
-        padded = len(last) * max((lengths[j] for j in last), default=0)
-        if last and padded <= budget and sum(lengths[j] for j in last) >= 0.9 * padded:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
-
-
 def as_many_everywhere(batches):
-    """`batches` and then empty ones, up to the count of the rank that has most.
+    """Appends empty batches, up to the number of batches of the rank that has most.
 
-    Every forward pass of a sharded model is a communication that all ranks must take part in. A
-    rank that has run out of work is idle: `pack` makes a row without response tokens of its empty
-    batch, which has no log-probs and a loss of 0.
+    In every forward pass of a sharded model all ranks communicate, so each rank must run as many
+    passes as the others. A rank without work is idle: `pack` makes one row without response tokens
+    out of an empty batch, and the loss of that row is 0.
     """
-    return batches + [[]] * (max(gather(len(batches))) - len(batches))
+    return batches + [[]] * (max(all_gather(len(batches))) - len(batches))
 
 
 def pack(prompts, responses, device):
-    """prompt + response, right-padded -> ids (n, L), predicts (n, L-1). No rows: one idle row."""
-    rows = [p + r for p, r in zip(prompts, responses)] or [[0, 0]]
+    """Prompts + responses, right-padded -> ids (n, L), response_mask (n, L-1); one row if empty."""
+    rows = [p + y for p, y in zip(prompts, responses)] or [[0, 0]]
     width = max(map(len, rows))                          # L
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)  # (n, L)
-    predicts = torch.zeros(len(rows), width - 1, dtype=torch.bool, device=device)
-    for i, (prompt, response) in enumerate(zip(prompts, responses)):
-        predicts[i, len(prompt) - 1:len(prompt) + len(response) - 1] = True
-    return ids, predicts
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    response_mask = torch.zeros(len(rows), width - 1, dtype=torch.bool, device=device)
+    for i, (p, y) in enumerate(zip(prompts, responses)):
+        response_mask[i, len(p) - 1:len(p) + len(y) - 1] = True
+    return ids, response_mask
+
+
+@torch.no_grad()
+def score(policy, prompts, responses, micro_tokens, temperature=1.0):
+    """log pi(y_t | prompt, y_<t) and entropies: (N, T) each, in nats, zeros after the end."""
+    policy.eval()
+    device = policy.anchor.device
+    logp = torch.zeros(len(prompts), max(map(len, responses)), device=device)        # (N, T)
+    entropy = torch.zeros_like(logp)
+    lengths = [len(p) + len(y) for p, y in zip(prompts, responses)]
+    for micro in as_many_everywhere(micro_batches(lengths, micro_tokens)):
+        batch = pack([prompts[i] for i in micro], [responses[i] for i in micro], device)
+        micro_logp, micro_entropy = policy(*batch, temperature)                      # (n, T')
+        at = (micro, slice(micro_logp.shape[1]))         # selects nothing where this rank is idle
+        logp[at], entropy[at] = micro_logp, micro_entropy
+    return logp, entropy
 
 
 @torch.no_grad()
 def sample(policy, prompts, group_size, max_tokens, temperature=1.0, top_p=1.0, rollout_batch=0,
            sharded=False, stride=32):
-    """`group_size` responses to every prompt: y ~ pi_S(.|x), Algorithm 1 line 1.
+    """`group_size` responses to every prompt: y ~ pi_S(.|x), line 1 of Algorithm 1.
 
     prompts: lists of ids. Returns len(prompts) * group_size lists of ids, groups consecutive, each
-    up to and including its first end-of-sequence id, or max_tokens long. temperature 0 is greedy;
-    rollout_batch > 0 bounds the responses decoded at once (to whole groups). sharded: the weights
-    stay split over the ranks, so that every rank decodes, if idly, until the last one has ended.
+    up to and including its first end-of-sequence id, or max_tokens long. temperature 0 is greedy.
+    rollout_batch > 0 bounds how many responses are decoded at once, to whole groups and at least
+    one group. sharded: the weights stay split over the ranks, so every rank goes on decoding until
+    the last rank has finished.
     """
-    policy.eval()       # in train mode gradient checkpointing would drop the cache without a word
-    # top_k=0, because its default of 50 would truncate the law; remove_invalid_values, because
-    # with weights that are NaN `update` should end the run, with one line, and not the draw
+    policy.eval()        # in train mode, gradient checkpointing makes generate() drop its cache
+    # generate()'s own default is top_k=50, which would truncate the distribution
     settings = dict(do_sample=temperature > 0, top_k=0, eos_token_id=policy.eos_ids,
-                    pad_token_id=policy.eos_ids[0], synced_gpus=sharded, remove_invalid_values=True)
+                    pad_token_id=policy.eos_ids[0], synced_gpus=sharded,
+                    logits_processor=[refuse_nan])
     if temperature > 0:
         settings |= dict(temperature=temperature, top_p=top_p)
-    size = max(1, rollout_batch // group_size if rollout_batch else len(prompts))
-    parts, responses = [prompts[i:i + size] for i in range(0, len(prompts), size)], []
-    for part in as_many_everywhere(parts) if sharded else parts:
-        drawn = decode(policy, part or [[0, 0]], group_size, max_tokens,     # [[0, 0]]: idle row
-                       max_tokens if sharded else stride, settings)
-        responses += drawn if part else []
+    size = max(1, rollout_batch // group_size) if rollout_batch else max(1, len(prompts))
+    batches = [prompts[i:i + size] for i in range(0, len(prompts), size)]
+    if sharded:
+        batches, stride = as_many_everywhere(batches), max_tokens
+    responses = []
+    for batch in batches:                                # an idle rank decodes the prompt [0, 0]
+        drawn = decode(policy, batch or [[0, 0]], group_size, max_tokens, stride, settings)
+        responses += drawn if batch else []
     return responses
 
 
 def decode(policy, prompts, group_size, max_tokens, stride, settings):
-    """The part of `sample` that is one batch. Every `stride` tokens ended rows leave it."""
-    device, width = next(policy.parameters()).device, max(map(len, prompts))
-    ends = torch.tensor(policy.eos_ids, device=device)   # what ends a response
+    """The responses to one batch of prompts. It decodes `stride` tokens at a time; after each
+    stride, the responses that have ended leave the batch, so that no work is spent on them."""
+    device, width = policy.anchor.device, max(map(len, prompts))
+    eos_ids = torch.tensor(policy.eos_ids, device=device)
+    # left padding, because generate() appends on the right
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    cache = DynamicCache(config=policy.model.config)     # knows windows and linear attention
-    # read each prompt, but for its last token, once for its group; generate() must draw one token
-    # here, which is not used
-    policy.generate(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache,
+    attend = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    # Each prompt is read once for its whole group. Its last token is left for the first stride.
+    # generate() cannot read without drawing a token, which is thrown away here.
+    cache = DynamicCache(config=policy.model.config)
+    policy.generate(input_ids=ids[:, :-1], attention_mask=attend[:, :-1], past_key_values=cache,
                     max_new_tokens=1, **settings)
-    keep = torch.arange(len(prompts), device=device).repeat_interleave(group_size)   # G copies
-    ids, mask, responses = ids[keep], mask[keep], [[] for _ in keep]
-    alive = list(responses)                              # those of these lists that still grow
+    rows = torch.arange(len(prompts), device=device).repeat_interleave(group_size)
+    responses = [[] for _ in range(len(prompts) * group_size)]
+    growing = list(range(len(responses)))                # row i is responses[growing[i]]
     for done in range(0, max_tokens, stride):
-        cache.reorder_cache(keep)        # its rows; the one way that every kind of layer offers
-        whole = policy.generate(input_ids=ids, attention_mask=mask, past_key_values=cache,
-                                max_new_tokens=min(stride, max_tokens - done), **settings)
-        new = whole[:, ids.shape[1]:]                                              # (n, <= stride)
-        ended = torch.isin(new, ends)                    # (n, <= stride)
-        stops = torch.where(ended.any(1), ended.int().argmax(1) + 1, new.shape[1])
-        for response, tokens, stop in zip(alive, new.tolist(), stops.tolist()):
-            response += tokens[:stop]                    # the end token is an action too: it stays
-        keep = (~ended.any(1)).nonzero().squeeze(1)      # those that go on
-        if not len(keep):
+        # Selects rows: first each prompt G times, later those that have not ended. Other methods
+        # of the cache do the same, but hybrid layers (linear attention) have only this one.
+        cache.reorder_cache(rows)
+        ids, attend = ids[rows], attend[rows]
+        longer = policy.generate(input_ids=ids, attention_mask=attend, past_key_values=cache,
+                                 max_new_tokens=min(stride, max_tokens - done), **settings)
+        new = longer[:, ids.shape[1]:]                                             # (n, <= stride)
+        is_end = torch.isin(new, eos_ids)
+        ended = is_end.any(1)                                                      # (n,)
+        # argmax finds the first end token. It is an action like any other, so it is kept.
+        lengths = torch.where(ended, is_end.int().argmax(1) + 1, new.shape[1])
+        for i, tokens, length in zip(growing, new.tolist(), lengths.tolist()):
+            responses[i] += tokens[:length]
+        if ended.all():
             break
-        ids, alive = whole[keep], [alive[i] for i in keep.tolist()]
-        mask = torch.cat([mask[keep], mask.new_ones(len(keep), new.shape[1])], 1)
+        rows = (~ended).nonzero().squeeze(1)
+        growing = [growing[i] for i in rows.tolist()]
+        ids, attend = longer, F.pad(attend, (0, new.shape[1]), value=1)
     return responses
 
 
 def roll_out(policy, tokenizer, problems, group_size, sampler="generate", **settings):
-    """`group_size` graded responses to each problem, consecutive; settings: those of `sample`."""
+    """`group_size` graded responses to each problem, groups consecutive; settings: of `sample`."""
     sharded = sampler == "sharded"
     with nullcontext() if sharded else gathered(policy):
         responses = sample(policy, [p["prompt"] for p in problems], group_size, sharded=sharded,
                            **settings)
-    # special tokens are no text, but <think> and </think> are, which some tokenizers call special
+    # Special tokens are not part of the text, except the marks of a thought, which some tokenizers
+    # declare special.
     special = {i for i, token in tokenizer.added_tokens_decoder.items()
                if token.special and token.content not in ("<think>", "</think>")}
-    rollouts = []                                        # in the problems' order
+    rollouts = []
     for i, ids in enumerate(responses):
         problem = problems[i // group_size]
         text = tokenizer.decode([x for x in ids if x not in special])
         if tokenizer.decode(problem["prompt"][-16:]).rstrip().endswith("<think>"):
-            text = "<think>" + text                      # which the template had opened
-        rollouts.append(Rollout(problem, ids, text, ids[-1] not in policy.eos_ids,
-                                float(is_correct(text, problem["answer"]))))
+            text = "<think>" + text                      # the template has opened the thought
+        rollouts.append(Rollout(problem, ids, text, truncated=ids[-1] not in policy.eos_ids,
+                                reward=float(is_correct(text, problem["answer"]))))
     return rollouts
 
 
-@torch.no_grad()
-def score(policy, prompts, responses, micro_tokens, temperature=1.0):
-    """log pi(y_t | prompt, y_<t) and the entropies, (N, T) each, in nats, zeros past the end."""
-    policy.eval()                                        # see sample
-    device = next(policy.parameters()).device
-    logp = torch.zeros(len(prompts), max(map(len, responses)), device=device)  # (N, T)
-    entropy = torch.zeros_like(logp)
-    lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
-    for rows in as_many_everywhere(micro_batches(lengths, micro_tokens)):
-        part = policy(*pack([prompts[i] for i in rows], [responses[i] for i in rows], device),
-                      temperature)                                                   # (n, T') each
-        # no rows: an idle pass beside other ranks'
-        logp[rows, :part[0].shape[1]], entropy[rows, :part[1].shape[1]] = part
-    return logp, entropy
+# --- 5. Training: Algorithm 1 ---------------------------------------------------------------------
 
 
-# --- 5. Configuration (safe to skip): every field is a flag, defaults are the paper's or say so ---
+def global_mean(values, mask):
+    """The mean of values (N, T) where mask (N, T) is true, over ALL ranks; 0 without tokens."""
+    sums = all_gather((values[mask].double().sum().item(), int(mask.sum())))
+    total, count = map(sum, zip(*sums))
+    return total / max(1, count)
+
+
+def global_median(values, mask):
+    """The median over the tokens of ALL ranks; the mean of the ranks' medians would be another."""
+    ordered = torch.cat(all_gather(values[mask].cpu())).double().sort().values
+    return ordered[[(len(ordered) - 1) // 2, len(ordered) // 2]].mean().item()
+
+
+def token_weights(mask, truncated, loss_agg="token", mask_truncated=False):
+    """Each token's weight in the loss: mask (N, T) and truncated (N,), both bool -> (N, T).
+
+    The loss is divided by the sum of the weights. loss_agg "token": every token weighs 1. "seq":
+    every token weighs 1 / length of its response, so that every response weighs 1.
+    """
+    weights = mask.float()
+    if loss_agg == "seq":                                # our choice: "token", for every arm
+        weights = weights / mask.sum(1, keepdim=True)
+    # our choice: truncated responses count, unless mask_truncated removes them from the sums
+    return weights * ~truncated[:, None] if mask_truncated else weights
+
+
+def train(cfg):
+    """Algorithm 1 for cfg.steps steps. Everything that it makes lies in the folder cfg.output."""
+    rank, world, device = setup()
+    tokenizer, model_folder, max_prompt, problems, held_out = prepare(cfg, world)
+    policy, optimizer = build(cfg, tokenizer, device)
+    gate, g = EntropyGate(cfg.warmup_steps, cfg.tau_down), None
+    now = restore(cfg, policy, optimizer, {"step": 0, "position": 0, "skipped_updates": 0,
+                                           "failures": 0, "gate": gate.state_dict()})
+    gate.load_state_dict(now["gate"])                    # h_warm, and whether the gate is open
+    share = cfg.problems_per_step // world               # B, the problems of this rank
+    pool = {"mean": global_mean, "median": global_median}[cfg.gate_stat]
+    gate_reads_student = cfg.method in GATED and cfg.gate_source == "student"
+    # Must s be known before the first gradient? If your idea needs u of the whole batch first, say
+    # for a threshold, write True here, and below line 3 you may use t - s.
+    s_first = gate_reads_student or cfg.updates_per_batch > 1
+    bar = tqdm(range(now["step"], cfg.steps), initial=now["step"], total=cfg.steps,
+               disable=rank > 0, dynamic_ncols=True)
+
+    for step in bar:
+        metrics = {"step": step}
+        if held_out and step % cfg.eval_every == 0:
+            metrics |= evaluate(policy, tokenizer, held_out, cfg, step)
+
+        # line 1: y ~ pi_S(.|x) and R(x, y). The seed depends on the step, so that a resumed run
+        # draws the same responses.
+        position = now["position"] + rank * share        # of this rank's problems in the data order
+        torch.manual_seed(hash((cfg.seed, step, rank)))
+        with timer("rollout", metrics):
+            rollouts = roll_out(policy, tokenizer,
+                                next_problems(problems, position, share, cfg.seed), cfg.group_size,
+                                cfg.sampler, max_tokens=cfg.max_tokens,
+                                temperature=cfg.temperature, rollout_batch=cfg.rollout_batch)
+        prompts, responses = [r.problem["prompt"] for r in rollouts], [r.ids for r in rollouts]
+        rewards = torch.tensor([r.reward for r in rollouts], device=device)          # (N,)
+        truncated = torch.tensor([r.truncated for r in rollouts], device=device)     # (N,)
+        lengths = torch.tensor([len(y) for y in responses], device=device)           # (N,)
+        mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]    # (N, T)
+        a_seq = group_advantages(rewards, cfg.group_size)                            # (N,)
+
+        # line 3: log pi_T(y_t) and the teacher's entropies H_T: the same weights, c in the prompt
+        s, t, u, H_S, H_T = torch.zeros(5, *mask.shape, device=device)               # (N, T) each
+        origins = []                                     # where each c came from; grpo shows none
+        with timer("score", metrics):
+            if cfg.method != "grpo":
+                prompts_T, origins = teacher_prompts(tokenizer, rollouts, cfg.group_size,
+                                                     cfg.template_kwargs, max_prompt, cfg.seed,
+                                                     position)
+                t, H_T = score(policy, prompts_T, responses, cfg.micro_tokens, cfg.temperature)
+            if s_first:
+                s, H_S = score(policy, prompts, responses, cfg.micro_tokens, cfg.temperature)
+        if cfg.method == "no_teacher":
+            t = torch.zeros_like(t)
+
+        # lines 6 and 7: one H over the tokens of all ranks, so that all ranks have the same gate
+        lam = cfg.lam
+        if cfg.method in GATED:
+            g_before, g = g, gate.update(pool(H_S if gate_reads_student else H_T, mask))
+            lam = g * cfg.lam                                                        # Eq. (7)
+            if rank == 0 and g_before not in (None, g):
+                tqdm.write(f"step {step}: the gate {'opens' if g else 'shuts'}")
+
+        # lines 2, 4, 5, 8, 9: one update, or several on whole groups, each in micro-batches
+        for group in optimizer.param_groups:             # in every step: --init_from loads others
+            group["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup_lr_steps))
+            group["weight_decay"] = cfg.weight_decay
+        weights = token_weights(mask, truncated, cfg.loss_agg, cfg.mask_truncated)   # (N, T)
+        widths = [len(p) + len(y) for p, y in zip(prompts, responses)]
+        losses, norms, size = [], [], len(rollouts) // cfg.updates_per_batch
+        policy.train(cfg.gradient_checkpointing)
+        with timer("train", metrics):
+            for start in range(0, len(rollouts), size):                              # one update
+                num_tokens = sum(all_gather(weights[start:start + size].sum().item()))
+                loss_sum = 0.0
+                for micro in as_many_everywhere(micro_batches(widths[start:start + size],
+                                                              cfg.micro_tokens)):
+                    rows = [start + i for i in micro]    # n of the N; none where this rank is idle
+                    logp, H = policy(*pack([prompts[i] for i in rows], [responses[i] for i in rows],
+                                           device), cfg.temperature)
+                    at = (rows, slice(logp.shape[1]))                                # (n, T')
+                    if not s_first:
+                        s[at], H_S[at] = logp.detach(), H                            # line 2
+                    u[at] = t[at] - s[at]                                            # line 4
+                    A = token_advantages(a_seq[rows], u[at], lam, cfg.method, cfg.compose)  # 5, 8
+                    loss = policy_loss(logp, s[at], A, weights[at], num_tokens or 1.0, cfg.clip)
+                    (loss * world).backward()            # FSDP averages over ranks; this undoes it
+                    loss_sum += loss.item()
+                # The gradients are split over the ranks; this norm is that of the whole.
+                norm = nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+                norms.append(norm.full_tensor().item())
+                losses.append(sum(all_gather(loss_sum)))
+                if num_tokens and math.isfinite(losses[-1]) and math.isfinite(norms[-1]):
+                    optimizer.step()                                                 # line 9
+                else:
+                    now["skipped_updates"] += 1
+                optimizer.zero_grad()
+
+        metrics |= summary(rollouts, origins, mask, a_seq, u, H_S, H_T, cfg, metrics) | {
+            "gate": g, "h_warm": gate.h_warm, "lam": lam if origins else None,
+            "loss": statistics.mean(losses), "grad_norm": statistics.mean(norms),
+            "lr": optimizer.param_groups[0]["lr"], "skipped_updates": now["skipped_updates"]}
+        if rank == 0:
+            record(cfg, metrics, bar, rollouts, origins, u, H_T, tokenizer)
+        finite = all(map(math.isfinite, losses + norms))
+        now |= {"step": step + 1, "position": now["position"] + cfg.problems_per_step,
+                "failures": 0 if finite else now["failures"] + 1, "gate": gate.state_dict()}
+        save(cfg, policy, optimizer, now, model_folder)
+
+    finish(cfg, policy, tokenizer, held_out, model_folder)
+
+
+# === The paper ends here. What follows is needed around it in any trainer. ========================
+
+# --- 6. Configuration: every field is a flag; defaults are the paper's unless the text says so ----
 
 
 class InputError(ValueError):
-    """Something that the user can mend: `main` prints it as one line and exits with code 2."""
+    """A condition that the user can mend: `main` prints it as one line and exits with code 2."""
 
 
 @contextmanager
-def one_line(what):
-    """Whatever goes wrong inside is about the user's input, and becomes an InputError."""
+def one_line(what, *errors):
+    """Turns an error about a file, a value or of the types `errors` into an InputError. Any other
+    type is a mistake in the program, or in a fork of it, and keeps its traceback."""
     try:
         yield
-    except (Exception, dcp.CheckpointException) as error:        # that one is no Exception
-        raise InputError(f"{what}: {' '.join(str(error).split())[:300]}") from None
+    except InputError:
+        raise
+    except (OSError, ValueError, *errors) as error:
+        raise InputError(f"{what}: {' '.join(str(error).split())[:300]}") from error
 
 
 def flag(default, text):
@@ -549,18 +671,16 @@ def flag(default, text):
 
 
 def template_variables(text):
-    with one_line("--chat_template_kwargs must be a JSON object"):
-        return dict(json.loads(text).items())
+    with one_line("--chat_template_kwargs must be a JSON object", TypeError):
+        return dict(**json.loads(text))
 
 
 @dataclasses.dataclass
 class Config:
     # the model and what it reads
     model: str = flag("", "Hugging Face folder or hub id of a chat model (required)")
-    dataset: str = flag("open-r1/DAPO-Math-17k-Processed", "training problems (Table 5): .jsonl, "
-                        ".json or .parquet file, or hub id, also as id:config:split")
-    dataset_config: str = flag("", "configuration of a hub data set (of the default set: all)")
-    split: str = flag("train", "split of a hub data set")
+    dataset: str = flag("open-r1/DAPO-Math-17k-Processed:all", "training problems (Table 5): "
+                        ".jsonl, .json or .parquet file, or hub id, also as id:config:split")
     max_prompt_tokens: int = flag(2048, "longer problems are dropped and counted (not the paper's)")
     chat_template_kwargs: str = flag("{}", "JSON for the chat template, of student and teacher: "
                                      """'{"enable_thinking": false}' for Qwen3 hybrids""")
@@ -577,7 +697,7 @@ class Config:
     group_size: int = flag(8, "G, responses per problem (Table 5)")
     max_tokens: int = flag(32768, "longest response, in tokens (Table 5)")
     temperature: float = flag(1.0, "of rollouts; scoring divides by it too (Table 5)")
-    rollout_batch: int = flag(0, "responses decoded at once on a rank; bounds the cache; 0: all")
+    rollout_batch: int = flag(0, "most responses decoded at once on a rank, whole groups; 0: all")
     sampler: Literal["generate", "sharded"] = flag("generate", "generate: whole weights on every "
         "rank; sharded: they stay split, slow, for models that do not fit on one GPU")
     # the update
@@ -592,9 +712,9 @@ class Config:
     mask_truncated: bool = flag(False, "leave truncated responses out (not in the paper)")
     # the machine
     micro_tokens: int = flag(16384, "tokens (with padding) of a scoring or training micro-batch")
-    gradient_checkpointing: bool = flag(False, "recompute layers in backward: slower, leaner")
-    dtype: Literal["auto", "bfloat16", "float32"] = flag("auto", "to compute in; auto: bfloat16 on "
-                                                         "CUDA, else float32; masters: float32")
+    gradient_checkpointing: bool = flag(True, "recompute layers in backward: slower, leaner")
+    offload: bool = flag(False, "keep float32 weights, gradients and AdamW's state in host memory")
+    dtype: Literal["auto", "bfloat16", "float32"] = flag("auto", "to compute; auto: bf16 on CUDA")
     seed: int = flag(0, "of data order, rollouts and the choice of solutions")
     # validation and records
     eval_dataset: str = flag("", "held-out problems, file or id:config:split; temperature 0.7")
@@ -603,9 +723,8 @@ class Config:
     save_every: int = flag(20, "steps between checkpoints, of which two stay; 0: none")
     export_every: int = flag(0, "steps between folders model-000100/; 0: the last, model/, only")
     resume: bool = flag(False, "continue the run in --output from its newest checkpoint")
-    init_from: str = flag("", "continual AntiSD: a run whose weights, optimizer and data position "
-                          "to start from, with step count and gate fresh")
-    tracker: Literal["", "wandb", "trackio"] = flag("", "where to log as well, if installed")
+    init_from: str = flag("", "continual AntiSD: a run to start from, at step 0 with a new gate")
+    tracker: Literal["", "wandb", "trackio"] = flag("", "log metrics there as well, if installed")
 
     def __post_init__(self):
         self.template_kwargs = template_variables(self.chat_template_kwargs)
@@ -635,99 +754,91 @@ def parse_config(argv=None, kind=Config):
         raise InputError(message)
 
     parser = HfArgumentParser(kind, fromfile_prefix_chars="@", allow_abbrev=False)
-    parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
+    parser.convert_arg_line_to_args = lambda line: shlex.split(line.lstrip("\ufeff"), comments=True)
     parser.error = refuse
     with one_line("flags"):                              # an @file may lack a closing quote
         flags = parser.parse_args(argv)
-    return kind(**vars(flags))
+    return kind(**{name: os.path.expanduser(value) if isinstance(value, str) else value
+                   for name, value in vars(flags).items()})
 
 
-# --- 6. Answers and problems (safe to skip) -------------------------------------------------------
+# --- 7. Answers and problems ----------------------------------------------------------------------
 
-LATEX = [LatexExtractionConfig(boxed_match_priority=-1, normalization_config=NormalizationConfig(
-    basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none",
-    equations=False))]
+
+def extract_boxed(text):
+    r"""The content of the last complete \boxed{...} or \fbox{...} after the thoughts, or None."""
+    text, box = final_part(text), None
+    starts = []          # for every brace that is open: where its box's content starts, or None
+    for m in re.finditer(r"\\(?:boxed|fbox)\s*(?:(\{)|(-?\d+))|(?<!\\)\\[{}]|([{}])", text):
+        opens_box, bare_number, brace = m.groups()
+        if bare_number:
+            box = bare_number                            # \boxed 5
+        elif opens_box or brace == "{":
+            starts.append(m.end() if opens_box else None)
+        elif brace and starts and (start := starts.pop()):
+            box = text[start:m.start()]                  # of nested boxes the outer one closes last
+    return box
+
+
+LATEX = [LatexExtractionConfig(normalization_config=NormalizationConfig(
+    basic_latex=True, malformed_operators=True, nits=True, boxed="none"))]
 # what would keep a computer algebra system busy: towers of powers, big exponents and factorials,
 # sums; and what it misreads: ratios, and digits in another base
 REFUSED = re.compile(r"\^\W*\w*\W*\^|\^[^^]*[)}]\s*\^|\^\W*\d{4}|\)\s*\^\W*\d{3}|\d{60}"
                      r"|\d{4}\W*!|!\W*!|\d_|[?:]|binom\D*\d{4}|(?:[({\[][^)}\]]*){12}"
                      r"|\\(?:sum|prod|i*nt|lim)(?![a-z])")
-UNIT = (r"(?!\W*(?:\w*illion|thousand|hundred|dozen|not|is|if|or|and|than|to|[eidxyzn])s?\b)"
-        r"[A-Za-z][^{}\d,?=+-]{0,30}(?:\^\{?-?\d\}?)?")
 SPELLINGS = [(re.compile(pattern), replacement) for pattern, replacement in (
-    # marks without a value go, and signs get their LaTeX name
-    ("[⁻⁰¹²³⁴-⁹]+", lambda m: "^{" + unicodedata.normalize("NFKC", m[0]) + "}"),
-    ("[！-～]", lambda m: unicodedata.normalize("NFKC", m[0])),                # full width
-    ("[−–]", "-"), (r"×|·|\\cdot", r"\\times "), ("√", r"\\sqrt "), ("[、；;&]", ","),
-    (r"\\?%", r"\\%"), (r"\\\\(?:\[\w+\])?", ",row,"), (r"\\[{}]", ""),
-    (r"\\begin\{\w*matrix\}", "("), (r"\\end\{\w*matrix\}", ")"),
-    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|boldsymbol|bf|[lL]arge|color\{\w+\})(?![a-z])"
-     r"|\\?\$|\*\*|\^\{?\s*(?:\\circ|°)\s*\}?|\\degree|°", ""),
+    # marks without a value go; words, matrices and their rows get one spelling
+    ("[−–]", "-"), ("[·×]", r"\\times "), ("√", r"\\sqrt "), ("[;&]", ","),
+    (r"\\begin\{\w*matrix\}", "("), (r"\\end\{\w*matrix\}", ")"), (r"\\\\(?:\[\w+\])?", ",row,"),
+    (r"\\(?:left|right|displaystyle|boldsymbol)(?![a-z])|\\[{}]|\\?\$|\*\*|\^\{?\\circ\}?|°", ""),
     (r"\\(?:text|math|mbox|operatorname)(?!bb|cal)[a-z]*\s*\{", r"\\text{"),
     # 3{,}159 and 3\,159 and 3 159 and 3,159, but not (3,159), are one number; then units
     (r"(?<=\d)(?:\{,\}|,?\s*\\!\s*|\\,|[ ~])(?=\d{3}(?!\d))", ""), (r"\\[,:;!> ]|~|\s+", " "),
     (r"(?<![\d,.([{])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", "")),
     (r"[\s,]*(?:\\text\{,?\s*(?:or|and)\s*\}|\b(?:or|and)\b)", ","),
-    (rf"(?<=[\w)}}.%])(?:[\s/]*\\text\{{\s*{UNIT}\s*\}}(?:\^\{{?-?\d\}}?)?)+", ""),
-    (r"\\text\{([^{}]*)\}", r" \1 "), (r"\(?(\d+)\)?_\{?\s*(\d+)\s*\}?", r"\1_\2"),
-    (r"([A-Za-z])_(\w)", r"\1_{\2}"),
-    # 1 3/4, 4.5e33, decimals as fractions, sqrt(2), arctan, x'
-    (r"(\d) +(\d+)/(\d+)", r"\1\\frac{\2}{\3}"), (r"(?<=\d) +(?=\d)", ","),
+    (r"(?<=[\w)}.])(?:[\s/]*\\text\{\s*(?!\w*illion|thousand|hundred|dozen|not|is|or|[eidxyzn]\s*"
+     r"\})[A-Za-z][^{}\d,?=+-]{0,30}\}(?:\^\{?-?\d\}?)?)+", ""),
+    (r"\\text\{([^{}]*)\}", r" \1 "), (r"_(\w)", r"_{\1}"), (r"(?<=\d) +(?=\d)", ","),
+    # 4.5e33, decimals as fractions, sqrt(2), arctan, x'
+    (r"(?<=\d)\.0*(?!\d)", ""), (r"^\w* *\\approx", ""), (r"^[({]+([^(),{}]*)[)}]+$", r"\1"),
     (r"(?<=\d)\s*(?:[eE]\+?|x\s*10\^)\{?(-?\d+)\}?", r" \\times 10^{\1}"),
-    (r"(?<=\d)\.0*(?!\d)", ""),
     (r"(?<![\d.])(\d*)\.(\d+)", lambda m: rf"\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}}"),
     (r"(?:np\.)?(?<![\\a-z])(arc[a-z]+|sqrt|pi)(?![a-z])", r"\\\1"),
     (r"\\sqrt\s*\(?(\d+)\)?", r"\\sqrt{\1}"),
-    (r"([A-Za-z])(?:'|\^\{?\s*\\prime\s*\}?)", r"\1_{1}"), (r"([^,]*)\\pm([^,]*)", r"\1+\2,\1-\2"),
-    (r"^[({]+([^(),{}]*)[)}]+$", r"\1"))]
+    (r"([A-Za-z])(?:'|\^\{?\s*\\prime\s*\}?)", r"\1_{1}"), (r"([^,]*)\\pm([^,]*)", r"\1+\2,\1-\2"))]
 
 
 def same_value(gold, box):
     """Whether two LaTeX answers mean the same, by math-verify behind our own rewrite rules.
 
-    Both are rewritten by SPELLINGS, and units and labels that only the box has are dropped. Equal
-    text is right then, words compare as words, and what math-verify would be lax about (the count
-    of a list, the kind of its brackets, capitals) is compared here. It decides the rest.
+    Both are rewritten by SPELLINGS, and labels that only the box has are dropped. Equal text is
+    right then, words compare as words, and what math-verify would be lax about (the count of a
+    list, the kind of its brackets, capitals) is compared here. It decides the rest.
     """
     decimal = re.search(r"\.\d*[1-9]|\d[eE][+-]?\d", gold)            # known to some digits only
     for pattern, replacement in SPELLINGS:
         gold, box = (pattern.sub(replacement, text).strip().rstrip(".") for text in (gold, box))
-    if not re.search(r"(?<!\\)\b[A-Za-z]", gold):        # letters in the box can only be a unit
-        box = re.sub(rf"(?<=[\d)}}])(?: +{UNIT}|[kcm]?m|kg|s|(?![万亿千百半])[一-龥]+)$", "", box)
     if "=" not in gold:                                  # labels: x = 4, m + n = 204, x \in [2, 3]
-        exact, sign, rounded = box.partition(r"\approx")
-        if sign:
-            box = rounded if decimal or re.search(r"(?<![\\A-Za-z])[A-Za-z]", exact) else exact
         box = re.sub(r"(?:^|(?<=,))(?:\([a-z, ]*\)\s*|[^,]*)(?:=|\\in\b)", "", box)
-    elif "=" not in box and re.match(r"\s*\w\s*=", gold):
-        gold = gold.partition("=")[2]                    # x = 9 is answered by 9
     if gold.replace(" ", "") == box.replace(" ", ""):
         return True
     words = [re.sub(r"[\s()]", "", text).casefold() for text in (gold, box)]
     if re.fullmatch(r"[a-z]{2,}", words[0]):
         return words[0] == words[1]
-    shapes = [("=" in text, text.count(","), text[:1] + text[-1:] if text[:1] in ("(", "[") else "")
-              for text in (gold, box)]                   # math-verify is lax about all three
+    shapes = [(text.count(","), text[0] in "([" and text[0] + text[-1]) for text in (gold, box)]
     relation = re.search(r"[<>]|\\[gl]eq?(?![a-z])|\\cup", gold + box)
     capitals = [{*re.findall("[A-Z]", text)} for text in (gold, box)]    # K is not k
-    if (capitals[0] != capitals[1] or REFUSED.search(gold) or REFUSED.search(box)
-            or not relation and "," in gold + box and shapes[0] != shapes[1]
-            or shapes[0][0] != shapes[1][0]):
+    if (REFUSED.search(gold) or REFUSED.search(box) or capitals[0] != capitals[1]
+            or not relation and "," in gold + box and shapes[0] != shapes[1]):
         return False
     # math-verify's limit, in seconds, is an alarm signal, which only the main thread may set
     limit = 5 if threading.current_thread() is threading.main_thread() else None
-    gold, *boxes = (
-        parse(f"${text}$".replace(r"\%", ""), LATEX, "no_fallback", parsing_timeout=limit)
-        for text in (gold, box, f"({box})/100")[:2 + (r"\%" in box)])
+    gold, box = (parse(f"${text}$", LATEX, "no_fallback", parsing_timeout=limit)
+                 for text in (gold, box))
     if decimal and gold[0].is_number:
-        return any(bool(abs(gold[0] - b[0]) <= 1e-4 * abs(gold[0])) for b in boxes)
-    return any(verify(gold, b, float_rounding=12, allow_set_relation_comp=True,
-                      timeout_seconds=limit) for b in boxes)
-
-
-DAPO_HEAD = ("Solve the following math problem step by step. The last line of your response should "
-             "be of the form Answer:")
-DAPO_TAIL = 'Remember to put your answer on its own line after "Answer:".'
+        return bool(abs(gold[0] - box[0]) <= 1e-4 * abs(gold[0]))
+    return verify(gold, box, float_rounding=12, allow_set_relation_comp=True, timeout_seconds=limit)
 
 
 def load_problems(path, split=None, limit=None, config=None):
@@ -807,8 +918,10 @@ def read_problem(row):
     if "\n####" in solution:                             # it also has calculator notes <<1+1=2>>
         work, final = re.sub(r"<<[^<>]*>>", "", solution).rsplit("\n####", 1)
         solution = f"{work.strip()}\nThe answer is \\boxed{{{final.strip()}}}."
-    if problem.startswith(DAPO_HEAD):                    # asks for "Answer:", our reward for a box
-        problem = problem.split("\n\n", 1)[-1].replace(DAPO_TAIL, "").strip()
+    # raw DAPO-Math asks for "Answer:", our reward for a box
+    problem = re.sub(r"^Solve the following math problem step by step\. The last line [^\n]*\n\n|"
+                     r'\n\nRemember to put your answer on its own line after "Answer:".$', "",
+                     problem)
     # DAPO-Math's "solution" only repeats the answer: nothing that a teacher could read
     return {"problem": problem, "answer": answer,
             "solution": solution if solution and solution != answer else None}
@@ -824,284 +937,317 @@ def next_problems(problems, position, count, seed):
     return batch
 
 
-# --- 7. Many GPUs (safe to skip): one process is a group of one -----------------------------------
+# --- 8. Many GPUs and memory; one process is a group of one ---------------------------------------
 
 
 def setup():
     """Joins torchrun's process group, or makes one of a single process -> rank, world, device."""
     if sys.platform == "linux" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # ranks must not outlive a killed torchrun and write beside the run that is then resumed:
-        # option 1 of prctl, PR_SET_PDEATHSIG, has the kernel end them with it
+        # Where torchrun is killed with -9, its ranks would go on, and write beside the run that is
+        # then resumed. PR_SET_PDEATHSIG (1) makes the kernel kill them, too. If torchrun died
+        # before this line, its store is gone: fail now, not after a day's timeout.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-        # where it died before that, its store is gone, too: fail now, not after a day's timeout
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         socket.create_connection(address).close()
-    cuda = torch.cuda.is_available()
+    cuda, launched = torch.cuda.is_available(), dist.is_torchelastic_launched()
     if not dist.is_initialized():
-        alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-        # a rank may wait hours for another one's longest response; a dead one torchrun notices
+        alone = {} if launched else dict(store=dist.HashStore(), rank=0, world_size=1)
+        # A rank may wait for hours for another rank's longest response; torchrun sees dead ranks.
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
                                 timeout=datetime.timedelta(days=1), **alone)
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    device = torch.device(f"cuda:{os.environ['LOCAL_RANK'] if launched else 0}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def shard(policy, dtype, device):
-    """FSDP2: float32 parameters, gradients and optimizer state are split over the ranks, and each
-    layer is gathered in `dtype` while it computes. The root holds embeddings and head together,
-    which may be tied, and reshards too, else a forward before step() would leave stale weights."""
+def shard(policy, dtype, device, offload=False):
+    """FSDP2: float32 parameters, gradients and optimizer state are split over the ranks, and every
+    layer is gathered in `dtype` while it computes. The root holds the embeddings together with the
+    head, because the two may be tied. With `offload` all that is split lies in host memory."""
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
-    options = dict(mesh=mesh, reshard_after_forward=True,
-                   mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+    pinned = device.type == "cuda"
+    options = dict(mesh=mesh, reshard_after_forward=True, offload_policy=CPUOffloadPolicy(pinned)
+                   if offload else OffloadPolicy(), mp_policy=MixedPrecisionPolicy(
+                       param_dtype=dtype, reduce_dtype=torch.float32))
     for module in list(policy.modules()):
         if type(module).__name__ in policy.model._no_split_modules:      # the decoder layers
             fully_shard(module, **options)
-    fully_shard(policy, **options)
-    register_fsdp_forward_method(policy, "generate")     # the root must be the first to run
-    # after the split, so that no rank ever holds a whole float32 copy; AdamW at lr 1e-6 on bf16
-    # weights would round every update away
-    return policy.float().to(device)
+    fully_shard(policy, **options)                       # moves all to the device, layer by layer
+    # Without this line `policy.generate` would skip the root's hook, which gathers the embeddings.
+    register_fsdp_forward_method(policy, "generate")
+    # The conversion follows the split, so that no rank ever holds a whole float32 copy. AdamW at
+    # lr 1e-6 needs float32: in bfloat16 every update would be rounded away.
+    return policy.float()
 
 
 @contextmanager
 def gathered(policy):
-    """Weights are whole inside: decoding communicates nothing, ranks may stop at other lengths."""
+    """Inside, every rank holds whole weights: decoding communicates nothing, and the ranks may
+    decode responses of different lengths."""
     layers = [module for module in policy.modules() if isinstance(module, FSDPModule)]
-    for layer in layers:                                 # none in eval.py, which never splits
+    hooks = [(layer._forward_pre_hooks, layer._forward_hooks) for layer in layers]
+    for layer in layers:                                 # eval.py does not split: no layers
         layer.set_reshard_after_forward(False, recurse=False)
         layer.unshard()
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.set_reshard_after_forward(True, recurse=False)
-            layer.reshard()
+        # FSDP's hooks have nothing to gather here, but would cost time in every layer and token.
+        layer._forward_pre_hooks, layer._forward_hooks = {}, {}
+    yield
+    for layer, (before, after) in zip(layers, hooks):
+        layer._forward_pre_hooks, layer._forward_hooks = before, after
+        layer.set_reshard_after_forward(True, recurse=False)
+        layer.reshard()
 
 
-# --- 8. Checkpoints (safe to skip): a run may be stopped in any way, and goes on with --resume ----
+def micro_batches(lengths, budget):
+    """Splits rows of these lengths into micro-batches (lists of row indices), longest rows first.
+
+    A micro-batch holds at most `budget` tokens with its padding, of which at most a tenth is
+    padding. A row that is longer than the budget goes alone.
+    """
+    batches = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        bigger = batches[-1] + [i] if batches else []    # the last micro-batch with row i added
+        padded = len(bigger) * max((lengths[j] for j in bigger), default=0)
+        if bigger and padded <= budget and sum(lengths[j] for j in bigger) >= 0.9 * padded:
+            batches[-1] = bigger
+        else:
+            batches.append([i])
+    return batches
 
 
-def checkpoints(run):
-    """A run's whole checkpoints, oldest first: progress.json is written last and deleted first."""
-    return sorted(file.parent for file in Path(run).glob("checkpoints/step-*/progress.json"))
+def refuse_nan(ids, logits):
+    """Ends the run where NaN would be drawn from: (n, L) ids and (n, V) logits -> logits."""
+    if logits[:, 0].isnan().any():                       # NaN in a hidden state reaches all
+        raise InputError("the model's logits are NaN: its weights, or an attention kernel that "
+                         "fails on left padding; try --dtype float32")
+    return logits
 
 
-def checksum(file):
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+# --- 9. Checkpoints: a run that is stopped in any way goes on with --resume -----------------------
+
+
+def checkpoints(folder):
+    """A run's complete checkpoints, oldest first. DCP writes .metadata last; we delete it first."""
+    return sorted(file.parent for file in Path(folder).glob("checkpoints/step-*/.metadata"))
 
 
 def write_whole(path, text):
-    """A kill leaves the old file or the new one, never a half."""
+    """Replaces a file such that a kill leaves the old content or the new, never half of it."""
     writing = path.with_name(path.name + ".writing")
     writing.write_text(text, encoding="utf-8")
     writing.replace(path)
 
 
-def save_checkpoint(run, policy, optimizer, now):
-    """Every rank writes its shards; then rank 0 writes `now` (step, data position, gate) and the
-    checksums, which makes the checkpoint count, and drops all but the newest two."""
-    rank, folder = dist.get_rank(), run / "checkpoints" / f"step-{now['step']:06d}"
-    if rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)        # what a kill has left of it
-    gather(None)                                         # nobody writes before it is gone
-    model, optim = dcp_state.get_state_dict(policy, optimizer)
-    dcp.save({"model": model, "optimizer": optim}, checkpoint_id=folder)
-    files = [*folder.glob(f"__{rank}_*"), *([folder / ".metadata"] if rank == 0 else [])]
-    sums = sum(gather([(file.name, checksum(file)) for file in files]), [])
-    if rank == 0:
-        write_whole(folder / "progress.json", json.dumps({"now": now, "checksums": dict(sums)}))
-        for old in checkpoints(run)[:-2]:
-            (old / "progress.json").unlink()
-            shutil.rmtree(old)
+def save(cfg, policy, optimizer, now, model_folder):
+    """After a step: the export and the checkpoint that are due, of which two stay. `now` says where
+    the run stands: steps done, data position, gate, skipped updates, failures in a row."""
+    folder, step = Path(cfg.output), now["step"]
+    if now["failures"] == 3:
+        raise InputError(f"three updates in a row were not finite, up to step {step - 1}: lower "
+                         f"--lr; the last checkpoint is {(checkpoints(folder) or ['none'])[-1]}")
+    # The export comes first: if a kill cuts it short, the resumed run repeats this step.
+    if cfg.export_every and step % cfg.export_every == 0:
+        export_model(folder / f"model-{step:06d}", policy, model_folder)
+    due = cfg.save_every and (step % cfg.save_every == 0 or step == cfg.steps)
+    if due and not now["failures"]:
+        model, optim = dcp_state.get_state_dict(policy, optimizer)
+        target = folder / "checkpoints" / f"step-{step:06d}"
+        with one_line(f"cannot write {target}", RuntimeError, dcp.CheckpointException):
+            dcp.save({"model": model, "optimizer": optim, "now": json.dumps(now)},
+                     checkpoint_id=target)
+        if dist.get_rank() == 0:
+            for old in {*target.parent.iterdir()} - {*checkpoints(folder)[-2:]}:
+                (old / ".metadata").unlink(missing_ok=True)      # a kill must not leave half of one
+                shutil.rmtree(old)
 
 
-def load_checkpoint(folder, policy, optimizer):
-    """Loads weights and optimizer in place, for any number of ranks; returns the saved `now`."""
-    saved = json.loads((folder / "progress.json").read_text())
-    mine = sorted(saved["checksums"].items())[dist.get_rank()::dist.get_world_size()]
-    bad = [name for name, digest in mine
-           if not (folder / name).exists() or checksum(folder / name) != digest]
-    if bad := sum(gather(bad), []):                      # a flipped bit would load without a word
-        raise InputError(f"{folder} is damaged ({bad[0]}): delete that folder, and --resume goes "
-                         "on from the checkpoint before it")
-    model, optim = dcp_state.get_state_dict(policy, optimizer)
-    with one_line(f"{folder} cannot be loaded into this --model"):
-        dcp.load({"model": model, "optimizer": optim}, checkpoint_id=folder)
-    dcp_state.set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
-    return saved["now"]
-
-
-def restore(cfg, policy, optimizer, fresh):
-    """Where the run stands: at its newest checkpoint, at --init_from's data position, or fresh."""
-    if cfg.resume and checkpoints(cfg.output):
-        return load_checkpoint(checkpoints(cfg.output)[-1], policy, optimizer)
-    if cfg.resume and dist.get_rank() == 0:
+def restore(cfg, policy, optimizer, now):
+    """Loads the newest checkpoint of the run, or that of --init_from, written by any number of
+    ranks; returns where the run stands. --init_from (continual AntiSD) keeps the weights, the
+    optimizer and the data position of the old run, and starts step count and gate anew."""
+    own = checkpoints(cfg.output) if cfg.resume else []
+    if cfg.resume and not own and dist.get_rank() == 0:
         print(f"--resume: {cfg.output} holds no checkpoint, so the run starts at step 0")
-    if cfg.init_from:                                    # continual AntiSD: step and gate are fresh
-        old = load_checkpoint(checkpoints(cfg.init_from)[-1], policy, optimizer)
-        return fresh | {"position": old["position"]}
-    return fresh
+    if found := own or (checkpoints(cfg.init_from) if cfg.init_from else []):
+        model, optim = dcp_state.get_state_dict(policy, optimizer)
+        state = {"model": model, "optimizer": optim, "now": ""}
+        with one_line(f"{found[-1]} cannot be loaded: damaged (delete it), or of another --model",
+                      RuntimeError, dcp.CheckpointException):
+            dcp.load(state, checkpoint_id=found[-1])
+        dcp_state.set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
+        old = json.loads(state["now"])
+        now = old if own else now | {"position": old["position"]}
+    for file in Path(cfg.output).glob("*s.jsonl") if dist.get_rank() == 0 else ():
+        lines = [json.dumps(line) + "\n" for line in read_lines(file) if line["step"] < now["step"]]
+        write_whole(file, "".join(lines))                # the steps that follow are done once more
+    return now
 
 
-def export_model(folder, policy, source):
-    """The weights as a Hugging Face folder, in the dtype they came in. Configuration, tokenizer and
-    template are the source's own files: as this version of transformers would write them, older
-    ones and engines built on them misread them (rope_theta) or cannot read them at all."""
+def export_model(folder, policy, model_folder):
+    """Writes a Hugging Face folder. Every tensor has the dtype in which it was loaded. The rest are
+    the source's own files, because older transformers, and engines that build on them, misread
+    those that this version writes (rope_theta)."""
     options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = dcp_state.get_model_state_dict(policy, options=options)      # on rank 0; else empty
     if dist.get_rank() == 0:
-        writing, model = folder.with_name(folder.name + ".writing"), policy.model
-        shutil.rmtree(writing, ignore_errors=True)
+        model = policy.model
         named = [*model.named_parameters(), *model.named_buffers()]      # tied ones once
-        model.save_pretrained(writing, state_dict={
-            name: x.to(policy.source_dtype) if x.is_floating_point() else x for name, _ in named
-            if (x := state.get(f"model.{name}")) is not None})
-        (writing / "generation_config.json").unlink(missing_ok=True)     # ours is that of rollouts
-        # a part, say without its vision tower, needs the configuration that save_pretrained wrote
-        whole = AutoConfig.from_pretrained(source).model_type == model.config.model_type
-        for file in source.iterdir():
-            if (file.suffix in (".json", ".jinja", ".model", ".txt", ".tiktoken")
-                    and not file.name.endswith(".index.json")
-                    and (whole or file.name != "config.json")):
-                shutil.copyfile(file, writing / file.name)
-        shutil.rmtree(folder, ignore_errors=True)
-        writing.rename(folder)
-    gather(None)                                         # nobody leaves while rank 0 writes
+        with one_line(f"cannot write {folder}"):
+            model.save_pretrained(folder, state_dict={
+                name: x.to(policy.dtypes[name]) for name, _ in named
+                if (x := state.get(f"model.{name}")) is not None})
+        (folder / "generation_config.json").unlink(missing_ok=True)      # ours is that of rollouts
+        # Where only a part of the source is trained, say its text model, this part needs the
+        # configuration that save_pretrained wrote.
+        part = AutoConfig.from_pretrained(model_folder).model_type != model.config.model_type
+        for file in model_folder.iterdir():
+            if (re.search(r"(?<!index)\.(json|jinja|model|txt|tiktoken)$", file.name)
+                    and not (part and file.name == "config.json")):
+                shutil.copyfile(file, folder / file.name)
+        for file in folder.glob("*.safetensors"):        # the library writes them with mode 0600
+            file.chmod((folder / "config.json").stat().st_mode)
+        tqdm.write(f"{folder} holds the model")
+    all_gather(None)                                     # the other ranks wait for rank 0
 
 
-# --- 9. Start-up and records (safe to skip) -------------------------------------------------------
+# --- 10. Start-up and records ---------------------------------------------------------------------
 
 
 def load_tokenizer(name, template_kwargs):
-    """A chat model's tokenizer, its context in tokens and the folder of its files. Whatever can be
-    refused before weights are read is refused here, with an InputError."""
-    with one_line(f"--model {name} cannot be loaded, from the hub or a folder (RUN/model)"):
+    """A chat model's tokenizer, its context in tokens and the folder of its files. InputError on
+    whatever can be refused before weights are read."""
+    with one_line(f"--model {name} cannot be used, hub id or folder (RUN/model)", Exception):
         config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-        source = Path(transformers.utils.cached_file(name, "config.json")).parent
-        if (source / "tokenizer.json").exists():         # some classes would split text otherwise
+        model_folder = Path(transformers.utils.cached_file(name, "config.json")).parent
+        if (model_folder / "tokenizer.json").exists():   # some other classes split text otherwise
             tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
-        with torch.device("meta"):                       # every layer, and no memory
+        # Many templates print the day. A new day would tell student from teacher, and a resumed
+        # run from its first half, so the day is always the same.
+        tokenizer.chat_template = ("{% macro strftime_now(format) %}01 Jan 2026{% endmacro %}"
+                                   + tokenizer.get_chat_template())
+        with torch.device("meta"):                       # all layers, without memory
             model = AutoModelForCausalLM.from_config(config)
-        # a clock that stands still, because many templates print the day: it must tell neither
-        # student from teacher nor a resumed run from its first half
-        tokenizer.chat_template = re.sub(
-            r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda call: repr(
-                datetime.date(2026, 1, 1).strftime(call[2])), tokenizer.get_chat_template())
-        render(tokenizer, teacher_messages("?", "?", False), template_kwargs)    # may it be read?
-    names = {value for _, kind, value in jinja2.Environment().lex(tokenizer.chat_template)
-             if kind == "name"}
-    unknown, text = [key for key in template_kwargs if key not in names], config.get_text_config()
-    scaled = [key for key in ("final_logit_softcapping", "logit_scale", "logits_scaling",
-                              "logits_soft_cap", "lm_head_multiplier")
-              if getattr(text, key, None) not in (None, 1)]
-    for wrong, reason in (
-        (unknown, f"has a chat template that does not know {unknown} (--chat_template_kwargs)"),
-        (getattr(config, "quantization_config", None), "is quantized: save a dequantized copy"),
-        (not any(type(m).__name__ in (model._no_split_modules or ()) for m in model.modules()),
-         "does not name the layers that FSDP would split"),
-        (not model._supports_default_dynamic_cache()
-         or not {"past_key_values", "cache"} & {*inspect.signature(model.forward).parameters},
-         "keeps a cache of its own kind, whose rows cannot be chosen"),
-        (scaled, f"changes its logits after lm_head ({scaled}), which Policy.forward does not do"),
-    ):
-        if wrong:
-            raise InputError(f"--model {name} {reason}")
-    context = getattr(text, "max_position_embeddings", None) or 10**9
-    rope = getattr(text, "rope_parameters", None) or {}
-    for rule in (rope, *(r for r in rope.values() if isinstance(r, dict))):
-        if rule.get("rope_type") in ("longrope", "dynamic"):     # beyond their original context a
-            # token's log-prob would depend on the longest row of its batch
-            context = min(context, rule.get("original_max_position_embeddings") or context)
-    if dist.get_rank() == 0 and model.config.model_type != config.model_type:
-        print(f"of {name} only the part {type(model).__name__} is trained and exported")
-    return tokenizer, context, source
+        words = {*tokenizer.get_vocab().values()} - {*tokenizer.added_tokens_decoder}
+        for wrong, reason in (
+            ([key for key in template_kwargs if key not in tokenizer.get_chat_template()],
+             f"its chat template does not know all of {template_kwargs}"),
+            (tokenizer.eos_token_id is None, "its tokenizer has no end-of-sequence token"),
+            (max(words) >= model.get_input_embeddings().weight.shape[0],
+             "its tokenizer has more tokens than its embedding has rows"),
+            (getattr(config, "quantization_config", None), "quantized: save a dequantized copy"),
+            (not any(type(m).__name__ in (model._no_split_modules or ()) for m in model.modules()),
+             "it does not name the layers that FSDP would split"),
+            (not model._supports_default_dynamic_cache()
+             or not {"past_key_values", "cache"} & {*inspect.signature(model.forward).parameters},
+             "it keeps a cache of its own kind, whose rows cannot be chosen"),
+            (not only_lm_head(model), "it changes its logits after lm_head"),
+        ):
+            if wrong:
+                raise ValueError(reason)
+        text_config = config.get_text_config()
+        context = getattr(text_config, "max_position_embeddings", None) or 10**9
+        rope = json.dumps(getattr(text_config, "rope_parameters", None))
+        if re.search("longrope|dynamic", rope):          # beyond the original context, the longest
+            # row of a batch would change the log-probabilities of all others
+            context = min([context, *map(int, re.findall(r'original_max\w+": (\d+)', rope))])
+    return tokenizer, context, model_folder
+
+
+def only_lm_head(model):
+    """Whether a model's logits are lm_head(hidden) and no more, as Policy.forward computes them.
+    The model is asked with a small head, and with random hidden states instead of its layers."""
+    hidden = 50 * torch.randn(1, 2, model.get_output_embeddings().weight.shape[1])
+    head = nn.Linear(hidden.shape[2], 9)
+    model.set_output_embeddings(head)
+    model.base_model.forward = lambda *args, **options: MoeModelOutputWithPast(hidden)
+    return torch.allclose(model(input_ids=torch.tensor([[0, 1]])).logits, head(hidden))
 
 
 def load_policy(name, dtype, tokenizer):
     """A Policy on the CPU, whole, in eval mode; dtype "auto" is the checkpoint's own."""
-    with one_line(f"--model {name} cannot be loaded"):
-        model, found = AutoModelForCausalLM.from_pretrained(name, dtype=dtype,
-                                                            output_loading_info=True)
-        if found["missing_keys"]:                        # they would be drawn at random, silently
-            raise ValueError(f"its files hold no weights for {sorted(found['missing_keys'])[0]}")
-    # Policy.forward puts lm_head on the hidden states itself: is that the model's own output?
-    with torch.no_grad():
-        probe = torch.tensor([[0, 1]])
-        ours = model.get_output_embeddings()(model.base_model(input_ids=probe)[0])
-        same = torch.allclose(ours, model(input_ids=probe).logits, equal_nan=True)
+    with one_line(f"--model {name} cannot be loaded", SafetensorError):
+        # Some decoder layers apply a dropout rate of the configuration themselves (Falcon).
+        rates = {key: 0.0 for key, value in vars(AutoConfig.from_pretrained(name)).items()
+                 if "drop" in key and isinstance(value, float)}
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **rates)
+        if lacking := {*map(str, found["missing_keys"]), *map(str, found["mismatched_keys"])}:
+            raise ValueError(f"its files hold no fitting weights for {min(lacking)}")
     eos = model.generation_config.eos_token_id           # an id, a list of ids, or None
     eos = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
-    if not (same and eos):
-        raise InputError(f"--model {name} " + ("has no end-of-sequence token" if same else
-                         "changes its logits after lm_head, which Policy.forward does not do"))
-    return Policy(model, eos)
+    policy = Policy(model, eos)
+    policy.dtypes = {key: x.dtype for key, x in model.state_dict().items()}      # for the export
+    return policy
 
 
 def build(cfg, tokenizer, device):
     """The policy, split over the ranks, and its optimizer."""
     policy = load_policy(cfg.model, "auto", tokenizer)
-    if cfg.gradient_checkpointing:
+    if cfg.gradient_checkpointing and policy.model.supports_gradient_checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
     auto = "bfloat16" if device.type == "cuda" else "float32"
-    shard(policy, getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype), device)
+    shard(policy, getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype), device, cfg.offload)
+    # our choice: verl's betas and weight decay. fused, because AdamW's default is its slowest form
+    # on the split parameters of FSDP
     return policy, torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.999),
-                                     weight_decay=cfg.weight_decay)      # our choice: verl's
+                                     weight_decay=cfg.weight_decay, fused=True)
 
 
-# what may differ between a run and its --resume
-FREE = {"resume", "steps", "output", "save_every", "export_every", "eval_every", "tracker",
-        "micro_tokens", "rollout_batch", "sampler"}
+# the flags that may differ between a run and its --resume
+FREE = {"resume", "steps", "output", "save_every", "export_every", "eval_every", "micro_tokens",
+        "rollout_batch", "sampler", "tracker", "offload"}
 
 
 def open_run(cfg, data):
-    """Writes config.json; refuses, with an InputError, to mix two runs in one folder. A folder that
-    holds neither a checkpoint nor metrics is no run."""
-    run = Path(cfg.output)
-    digest = hashlib.sha256(json.dumps(data).encode()).hexdigest()       # prompts and solutions
+    """Writes config.json. InputError instead of mixing two runs in one folder, or of replacing a
+    model that no run made. A start that failed leaves neither metrics nor a model behind."""
+    folder = Path(cfg.output)
+    digest = hashlib.sha256(json.dumps(data).encode()).hexdigest()       # of prompts and solutions
     flags = dataclasses.asdict(cfg) | {"data": digest}
-    if checkpoints(run) or read_lines(run / "metrics.jsonl"):
+    if (folder / "metrics.jsonl").exists() or (folder / "model").exists():
         if not cfg.resume:
-            raise InputError(f"{run} already holds a run: add --resume, or choose another --output")
-        old = json.loads((run / "config.json").read_text())["flags"]
+            raise InputError(f"{folder} already holds a run or a model: add --resume, or choose "
+                             "another --output")
+        with one_line(f"--resume, but {folder} holds no run", KeyError):
+            old = json.loads((folder / "config.json").read_text())["flags"]
         if changed := [key for key in flags if key not in FREE and old.get(key) != flags[key]]:
             raise InputError("--resume with other settings than the run's: " + ", ".join(changed))
-    elif (run / "model").exists():                       # say, --output toy
-        raise InputError(f"{run / 'model'} exists and no run made it: choose another --output")
     if cfg.init_from and not checkpoints(cfg.init_from):
         raise InputError(f"--init_from {cfg.init_from} holds no checkpoint")
-    # a machine without git, or a copy without its history, runs as well
-    failed, commit = subprocess.getstatusoutput(
-        f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD")
-    gather(None)                                         # every rank has read the old one
+    all_gather(None)                                     # every rank has read the old config.json
     if dist.get_rank() == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        write_whole(run / "config.json", json.dumps({
-            "flags": flags, "git": None if failed else commit, "source": checksum(__file__),
+        write_whole(folder / "config.json", json.dumps({
+            "flags": flags, "source": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
             "torch": torch.__version__, "transformers": transformers.__version__,
             "world_size": dist.get_world_size()}, indent=1) + "\n")
+        if cfg.tracker:                                  # one folder is one run, resumed or not
+            name = re.sub(r"\W+", "-", str(folder.resolve()))[-64:]
+            importlib.import_module(cfg.tracker).init(project="antisd", name=name, config=flags,
+                                                      id=name, resume="allow")
 
 
 def prepare(cfg, world):
-    """Everything that can be wrong and costs little to find out, before any weight is loaded.
+    """Everything that can be wrong and is cheap to find out, before any weights are loaded.
 
-    Returns tokenizer, the folder of the model's files, the longest teacher prompt (tokens), and the
-    training and held-out problems, each with its student's "prompt" ids.
+    Returns the tokenizer, the folder of the model's files, the most tokens of a teacher's prompt,
+    and the training and held-out problems, each with the ids of its student's "prompt".
     """
     if cfg.problems_per_step % (world * cfg.updates_per_batch):
         raise InputError(f"--problems_per_step {cfg.problems_per_step} must be a multiple of ranks "
                          f"({world}) x --updates_per_batch ({cfg.updates_per_batch})")
-    tokenizer, context, source = load_tokenizer(cfg.model, cfg.template_kwargs)
-    room = min(cfg.max_prompt_tokens, context - cfg.max_tokens - 150)    # 150: teacher's headings
-    own, sets = cfg.dataset_config or ("all" if cfg.dataset == Config.dataset else None), []
-    for path, split, config in ((cfg.dataset, cfg.split, own), (cfg.eval_dataset, None, None)):
-        problems = load_problems(path, split, config=config) if path else []
-        for p in problems:
-            with one_line(f"{path}: the problem of row {p['id'] + 1} cannot be rendered"):
+    tokenizer, context, model_folder = load_tokenizer(cfg.model, cfg.template_kwargs)
+    with one_line(f"--model {cfg.model}: its chat template fails", jinja2.TemplateError):
+        render(tokenizer, teacher_messages("?", "?", False), cfg.template_kwargs)
+    # 150 tokens are for the teacher's headings and the tail of a solution.
+    room, sets = min(cfg.max_prompt_tokens, context - cfg.max_tokens - 150), []
+    for path, split in ((cfg.dataset, "train"), (cfg.eval_dataset, None)):
+        problems = load_problems(path, split) if path else []
+        for p in problems:                               # TypeError: of lone surrogates
+            with one_line(f"{path}: the problem of row {p['id'] + 1} cannot be rendered",
+                          jinja2.TemplateError, TypeError):
                 p["prompt"] = render(tokenizer, student_messages(p["problem"]), cfg.template_kwargs)
-                tokenizer.encode(p["solution"] or p["answer"])           # no lone surrogates
+                tokenizer.encode(p["solution"] or p["answer"])
         sets.append([p for p in problems if len(p["prompt"]) <= room])
         if path and not sets[-1]:
             raise InputError(f"{path}: no problem fits into the {room} tokens that the model's "
@@ -1109,306 +1255,151 @@ def prepare(cfg, world):
         if len(sets[-1]) < len(problems) and dist.get_rank() == 0:
             print(f"{path}: dropped {len(problems) - len(sets[-1])} of {len(problems)} (too long)")
     open_run(cfg, sets)
-    return tokenizer, source, context - cfg.max_tokens, *sets
+    return tokenizer, model_folder, context - cfg.max_tokens, *sets
 
 
-def evaluate(policy, tokenizer, problems, cfg):
-    """Held-out accuracy and its standard error; the same draws at every evaluation."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+def evaluate(policy, tokenizer, problems, cfg, step):
+    """Held-out accuracy and its standard error, as metrics; every evaluation has the same seed."""
+    metrics, rank, world = {}, dist.get_rank(), dist.get_world_size()
     torch.manual_seed(hash((cfg.seed, rank)))
-    rollouts = roll_out(policy, tokenizer, problems[rank::world], 1, cfg.sampler,
-                        max_tokens=cfg.max_tokens, temperature=0.7, top_p=0.95,
-                        rollout_batch=cfg.rollout_batch)
-    marks = sum(gather([r.reward for r in rollouts]), [])
-    return {"eval_accuracy": statistics.fmean(marks),
-            "eval_error": statistics.pstdev(marks) / len(marks)**0.5}
+    with timer("eval", metrics):
+        rollouts = roll_out(policy, tokenizer, problems[rank::world], 1, cfg.sampler,
+                            max_tokens=cfg.max_tokens, temperature=0.7, top_p=0.95,
+                            rollout_batch=cfg.rollout_batch)
+    rewards = sum(all_gather([r.reward for r in rollouts]), [])
+    mean, error = statistics.fmean(rewards), statistics.pstdev(rewards) / len(rewards)**0.5
+    if rank == 0:
+        tqdm.write(f"step {step}: held-out accuracy {mean:.3f} +- {error:.3f}")
+    return metrics | {"eval_accuracy": mean, "eval_error": error}
 
 
 @contextmanager
-def timer(name, row):
+def timer(name, metrics):
     start = time.perf_counter()
     yield
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    row[f"seconds/{name}"] = time.perf_counter() - start
+    metrics[f"seconds/{name}"] = time.perf_counter() - start
 
 
 def read_lines(file):
-    """The rows of a .jsonl file, without a last line that a kill has cut short; [] without one."""
+    """The objects of a .jsonl file, without a last line that a kill cut short; [] if no file."""
     text = file.read_text(encoding="utf-8") if file.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def append(file, row):
-    """One line of JSON; NaN is not JSON, so null stands for what is not finite."""
-    row = json.loads(json.dumps(row), parse_constant=lambda name: None)
+def append(file, value):
+    """Adds a line of JSON. NaN is not JSON, so null stands for what is not finite."""
+    value = json.loads(json.dumps(value), parse_constant=lambda name: None)
     with open(file, "a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row) + "\n")
+        stream.write(json.dumps(value) + "\n")
 
 
-def open_records(cfg, step):
-    """Drops from the records what a resumed run does again; returns the tracker, if any."""
-    for file in (Path(cfg.output, "metrics.jsonl"), Path(cfg.output, "samples.jsonl")):
-        rows = [row for row in read_lines(file) if row["step"] < step]
-        write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
-    tracker = importlib.import_module(cfg.tracker) if cfg.tracker else None
-    if tracker:
-        tracker.init(project="antisd", name=cfg.output, config=dataclasses.asdict(cfg))
-    return tracker
+def log_metrics(cfg, metrics):
+    append(Path(cfg.output, "metrics.jsonl"), metrics)
+    if cfg.tracker:
+        importlib.import_module(cfg.tracker).log(metrics, step=metrics["step"])
 
 
-def summary(rollouts, sources, mask, a_seq, u, student_entropy, teacher_entropy, cfg):
+def summary(rollouts, origins, mask, a_seq, u, H_S, H_T, cfg, metrics):
     """The step's metrics over all ranks: sums and counts are gathered, then divided once."""
-    facts = sum(gather([(r.reward, len(r.ids), r.truncated) for r in rollouts]), [])  # of all ranks
+    facts = sum(all_gather([(r.reward, len(r.ids), r.truncated) for r in rollouts]), [])
     rewards, lengths, truncated = zip(*facts)
-    complete = [reward for reward, cut in zip(rewards, truncated) if not cut]  # not truncated
+    complete = [reward for reward, cut in zip(rewards, truncated) if not cut]
     groups = [rewards[i:i + cfg.group_size] for i in range(0, len(rewards), cfg.group_size)]
-    of_teacher = {"u_mean": global_mean(u, mask), "u_negative": global_mean((u < 0).float(), mask),
-                  "phi_abs": global_mean(METHODS[cfg.method](u).abs(), mask),
-                  "teacher_entropy": global_mean(teacher_entropy, mask),
-                  "teacher_entropy_median": global_median(teacher_entropy, mask)}
-    shown = sum(gather(sources), [])                     # where each c came from
+    shown, peak = sum(all_gather(origins), []), None
+    if torch.cuda.is_available():                        # of the fullest rank, since the last step
+        peak = max(all_gather(torch.cuda.max_memory_allocated())) / 2**30
+        torch.cuda.reset_peak_memory_stats()
+
+    def of_teacher(pool, values):                        # null for an arm without a teacher
+        return pool(values, mask) if origins else None
     return {"reward": statistics.fmean(rewards),
             "reward_complete": statistics.fmean(complete) if complete else None,
             "length": statistics.fmean(lengths), "truncated": statistics.fmean(truncated),
             "zero_std_groups": statistics.fmean(len(set(group)) == 1 for group in groups),
             "seq_adv_abs": global_mean(a_seq.abs()[:, None].expand_as(mask), mask),
-            "student_entropy": global_mean(student_entropy, mask),
-            **(of_teacher if sources else dict.fromkeys(of_teacher)),
+            "student_entropy": global_mean(H_S, mask),
+            "teacher_entropy": of_teacher(global_mean, H_T),
+            "teacher_entropy_median": of_teacher(global_median, H_T),
+            "u_mean": of_teacher(global_mean, u),
+            "u_negative": of_teacher(global_mean, (u < 0).float()),
+            "phi_abs": of_teacher(global_mean, METHODS[cfg.method](u).abs()),
             **{f"context/{name}": shown.count(name) / len(rewards)
-               for name in ("sibling", "solution", "answer")}}
+               for name in ("sibling", "solution", "answer")},
+            "tokens_per_s": sum(lengths) / sum(metrics[f"seconds/{name}"]
+                                               for name in ("rollout", "score", "train")),
+            "peak_memory_gib": peak}
 
 
-def record(cfg, row, bar, tracker, rollouts, sources, u, teacher_entropy, tokenizer):
+def record(cfg, metrics, bar, rollouts, origins, u, H_T, tokenizer):
     """A step's metrics into metrics.jsonl, tracker and progress bar; every tenth step also two
     rollouts with their u into samples.jsonl, where bugs of templates and rewards show first."""
-    run, step = Path(cfg.output), row["step"]
-    append(run / "metrics.jsonl", row)
-    if tracker:
-        tracker.log(row, step=step)
-    if step == cfg.warmup_steps - 1 and row["h_warm"] is not None and row["h_warm"] < 0.01:
-        tqdm.write(f"H_warm is {row['h_warm']:.4f} nats a token: the gate will react to noise")
+    step = metrics["step"]
+    log_metrics(cfg, metrics)
+    if step == cfg.warmup_steps - 1 and metrics["h_warm"] is not None and metrics["h_warm"] < 0.01:
+        tqdm.write(f"H_warm is {metrics['h_warm']:.4f} nats a token: the gate will react to noise")
     if step % 10 == 0:
         for i in (0, len(rollouts) - 1):
             r, n = rollouts[i], len(rollouts[i].ids)
-            append(run / "samples.jsonl", {
+            append(Path(cfg.output, "samples.jsonl"), {
                 "step": step, "problem": r.problem["problem"], "answer": r.problem["answer"],
                 "response": r.text, "reward": r.reward, "truncated": r.truncated,
-                "context": sources[i] if sources else None,
+                "context": origins[i] if origins else None,
                 "tokens": tokenizer.convert_ids_to_tokens(r.ids),
-                "u": u[i, :n].tolist() if sources else None,
-                "teacher_entropy": teacher_entropy[i, :n].tolist() if sources else None})
-        text = r.text if len(r.text) < 1200 else r.text[:600] + " [...] " + r.text[-600:]
-        tqdm.write(f"\n[step {step}, reward {r.reward:.0f}] {text}\n")
-    if "eval_accuracy" in row:
-        tqdm.write(f"step {step}: held-out accuracy {row['eval_accuracy']:.3f}")
-    bar.set_postfix_str(f"reward {row['reward']:.3f}, length {row['length']:.0f}, lambda "
-                        f"{row['lam'] or 0:g}, {row['tokens_per_s']:.0f} tok/s")
+                "u": u[i, :n].tolist() if origins else None,
+                "teacher_entropy": H_T[i, :n].tolist() if origins else None})
+        shown = r.text if len(r.text) < 1200 else r.text[:600] + " [...] " + r.text[-600:]
+        tqdm.write(f"\n[step {step}, reward {r.reward:.0f}] {shown}\n")
+    bar.set_postfix_str(f"reward {metrics['reward']:.3f}, length {metrics['length']:.0f}, lambda "
+                        f"{metrics['lam'] or 0:g}, {metrics['tokens_per_s']:.0f} tok/s")
 
 
-def farewell(run):
-    """What happened, from the run's own records: accuracy before and after, the gate's moves."""
-    rows = read_lines(run / "metrics.jsonl")
-    marks = [row for row in rows if row.get("eval_accuracy") is not None]
-    for row in (marks[0], marks[-1]) if marks else ():
-        print(f"step {row['step']}: held-out accuracy {row['eval_accuracy']:.3f} "
-              f"+- {row['eval_error']:.3f}")
-    gates = [(row["step"], row["gate"]) for row in rows if row.get("gate") is not None]
-    moves = [f"{'opened' if gate else 'shut'} at step {step}"
-             for (_, old), (step, gate) in zip(gates, gates[1:]) if gate != old]
-    if gates:
-        print("the gate", ", ".join(moves) or
-              ("was always open" if gates[0][1] else "never opened: no step had AntiSD's term"))
-    print(f"{run / 'model'} holds the trained model")
+def finish(cfg, policy, tokenizer, held_out, model_folder):
+    """After the last step: the learning curve's last point, the export, what happened in words."""
+    last = evaluate(policy, tokenizer, held_out, cfg, cfg.steps) if held_out else {}
+    export_model(Path(cfg.output, "model"), policy, model_folder)
+    if dist.get_rank() == 0:
+        if last:
+            log_metrics(cfg, {"step": cfg.steps} | last)
+        if cfg.tracker:
+            importlib.import_module(cfg.tracker).finish()
+        lines = read_lines(Path(cfg.output, "metrics.jsonl"))
+        marks = [f"{line['eval_accuracy']:.3f}" for line in lines if "eval_accuracy" in line]
+        gates = [(line["step"], line["gate"]) for line in lines if line.get("gate") is not None]
+        moves = [f"{'opened' if g else 'shut'} at step {step}"
+                 for (_, before), (step, g) in zip(gates, gates[1:]) if g != before]
+        print(*[f"held-out accuracy: {marks[0]} before, {marks[-1]} after"] * bool(marks),
+              *["the gate " + (", ".join(moves) or "never moved")] * bool(gates), sep="\n")
 
 
-def main(run, kind=Config):
-    """The command line. What the user can mend costs one line and exit code 2; a programming error
-    keeps its traceback. Rank 0 locks the output folder, until the process ends in whatever way."""
+def main(program, kind=Config):
+    """The command line of `program`, a function of a `kind` of configuration. An InputError costs
+    one line and exit code 2; other errors keep their traceback. Rank 0 locks the output folder
+    until its process ends, in whatever way."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore", FutureWarning)       # names that transformers 6 will drop
-    first = os.environ.get("RANK", "0") == "0"
+    warnings.simplefilter("ignore", FutureWarning)       # about names that transformers 6 drops
+    for stream in (sys.stdout, sys.stderr):              # printing a character that the terminal
+        stream.reconfigure(errors="replace")             # does not know must not end a run
+    leads = not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
     try:
         cfg = parse_config(kind=kind)
         with one_line(f"cannot write into {cfg.output}, or another process is at work there"):
             Path(cfg.output).mkdir(parents=True, exist_ok=True)
             lock = filelock.FileLock(Path(cfg.output, ".lock"))
-            held = lock.acquire(timeout=0) if first else nullcontext()
+            held = lock.acquire(timeout=0) if leads else nullcontext()
         with held:
-            run(cfg)
-        gc.collect()         # gloo's threads must end with the model, not while the interpreter does
+            program(cfg)
+        gc.collect()       # gloo's threads must end with the model, not while the interpreter does
         dist.destroy_process_group()
     except InputError as error:
-        if not first:                                    # rank 0 mostly says the same, and after
-            time.sleep(5)                                # it torchrun ends this one
+        if not leads:                                    # rank 0 mostly prints the same, and then
+            time.sleep(5)                                # torchrun ends this rank
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-# --- 10. Training: Algorithm 1 --------------------------------------------------------------------
-
-
-def token_weights(mask, truncated, loss_agg="token", mask_truncated=False):
-    """What each token counts in the loss: mask (N, T) and truncated (N,), both bool -> (N, T).
-
-    The loss divides by their sum. loss_agg "token": 1 each; "seq": 1 / length, so that every
-    response counts alike and the sum is the number of responses. Our choice: truncated responses
-    stay, unless mask_truncated takes them out of numerator and denominator alike.
-    """
-    weights = mask.float()
-    if loss_agg == "seq":                                # our choice: token; the same for every arm
-        weights = weights / mask.sum(1, keepdim=True)
-    return weights * ~truncated[:, None] if mask_truncated else weights
-
-
-def update(policy, optimizer, rollouts, weights, advantages, cfg, known=None):
-    """A clipped policy gradient: cfg.updates_per_batch updates, each on whole groups of rollouts.
-
-    weights (N, T): see token_weights. advantages(rows, s, entropy): a function of row numbers (n),
-    log pi_S and entropies (n, T') of these rows, detached, that returns their per-token advantages,
-    (n, T'). known: (s, entropy) of the whole batch, (N, T) each, if it was scored before; else they
-    come from this forward pass. Returns loss and gradient norm (means over the updates), the
-    entropies (N, T), and whether all was finite. An update with a loss or a norm that is not
-    finite, or without any token, is skipped.
-    """
-    s, entropy = known or (torch.zeros_like(weights), torch.zeros_like(weights))
-    policy.train(cfg.gradient_checkpointing)     # transformers recomputes layers in train mode only
-    losses, norms = [], []                               # of the updates
-    size = len(rollouts) // cfg.updates_per_batch        # rows of one update
-    for first in range(0, len(rollouts), size):
-        num_tokens = sum(gather(weights[first:first + size].sum().item()))   # of all ranks
-        lengths = [len(r.problem["prompt"]) + len(r.ids) for r in rollouts[first:first + size]]
-        micros, loss_sum = as_many_everywhere(micro_batches(lengths, cfg.micro_tokens)), 0.0
-        for k, micro in enumerate(micros, 1):
-            # gradients are reduced once an update, with its last micro-batch; sharded, every time,
-            # because until then they lie whole on every GPU
-            policy.set_requires_gradient_sync(k == len(micros) or cfg.sampler == "sharded")
-            rows = [first + i for i in micro]            # in the whole batch
-            logp, H = policy(
-                *pack([rollouts[i].problem["prompt"] for i in rows],
-                      [rollouts[i].ids for i in rows], weights.device), cfg.temperature)
-            at = (rows, slice(logp.shape[1]))
-            if not known:                                # line 2
-                s[at], entropy[at] = logp.detach(), H
-            # an idle rank has no rows: a loss of 0, whose backward takes part in the reduction
-            a = advantages(rows, s[at], entropy[at]) if rows else s[at]
-            loss = policy_loss(logp, s[at], a, weights[at], num_tokens or 1.0, cfg.clip)
-            (loss * dist.get_world_size()).backward()    # FSDP averages over ranks; this undoes it
-            loss_sum += loss.item()
-        # of all ranks' shards together, before clipping
-        norms.append(nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-                     .full_tensor().item())
-        losses.append(sum(gather(loss_sum)))
-        if num_tokens and math.isfinite(losses[-1]) and math.isfinite(norms[-1]):
-            optimizer.step()
-        optimizer.zero_grad()                            # also after a skipped one
-    finite = all(map(math.isfinite, losses + norms))
-    return statistics.mean(losses), statistics.mean(norms), entropy, finite
-
-
-def train(cfg):
-    """Runs Algorithm 1 for cfg.steps steps; everything it makes lies in cfg.output."""
-    rank, world, device = setup()
-    tokenizer, source, longest, problems, held_out = prepare(cfg, world)
-    policy, optimizer = build(cfg, tokenizer, device)
-    gate = EntropyGate(cfg.warmup_steps, cfg.tau_down)
-    statistic = {"mean": global_mean, "median": global_median}[cfg.gate_stat]
-    watches_student = cfg.method in GATED and cfg.gate_source == "student"
-    now = restore(cfg, policy, optimizer, {"step": 0, "position": 0, "skipped_updates": 0,
-                                           "failures": 0, "gate": gate.state_dict()})
-    gate.load_state_dict(now["gate"])                    # h_warm, and whether it is open
-    run, share = Path(cfg.output), cfg.problems_per_step // world        # problems of this rank
-    tracker = open_records(cfg, now["step"]) if rank == 0 else None
-    bar = tqdm(range(now["step"], cfg.steps), initial=now["step"], total=cfg.steps,
-               disable=rank > 0, dynamic_ncols=True)
-
-    for step in bar:
-        row = {"step": step}
-        if held_out and step % cfg.eval_every == 0:
-            with timer("eval", row):
-                row |= evaluate(policy, tokenizer, held_out, cfg)
-
-        # line 1: y ~ pi_S(.|x) and R(x, y). Seeding right here makes a resumed run draw the same
-        first = now["position"] + rank * share           # of this rank, in the data order
-        mine = next_problems(problems, first, share, cfg.seed)
-        torch.manual_seed(hash((cfg.seed, step, rank)))
-        started = time.perf_counter()
-        with timer("rollout", row):
-            rollouts = roll_out(policy, tokenizer, mine, cfg.group_size, cfg.sampler,
-                                max_tokens=cfg.max_tokens, temperature=cfg.temperature,
-                                rollout_batch=cfg.rollout_batch)
-        prompts, responses = [r.problem["prompt"] for r in rollouts], [r.ids for r in rollouts]
-        rewards = torch.tensor([r.reward for r in rollouts], device=device)          # (N,)
-        truncated = torch.tensor([r.truncated for r in rollouts], device=device)     # (N,)
-        lengths = torch.tensor([len(r.ids) for r in rollouts], device=device)        # (N,)
-        a_seq = group_advantages(rewards, cfg.group_size)                            # (N,)
-        mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]    # (N, T)
-
-        # line 3: log pi_T(y_t) and the teacher's entropies: the same weights, c in the prompt
-        t, H_T, u = (torch.zeros(mask.shape, device=device) for _ in range(3))       # (N, T)
-        sources, known = [], None                        # without a teacher, sources stay empty
-        with timer("score", row):
-            if cfg.method != "grpo":
-                prompts_T, sources = teacher_prompts(tokenizer, rollouts, cfg.group_size,
-                                                     cfg.template_kwargs, longest, cfg.seed, first)
-                t, H_T = score(policy, prompts_T, responses, cfg.micro_tokens, cfg.temperature)
-            # line 2, s = log pi_S(y_t), is update's own forward pass, unless it is needed earlier
-            if cfg.updates_per_batch > 1 or watches_student:
-                known = score(policy, prompts, responses, cfg.micro_tokens, cfg.temperature)
-        if cfg.method == "no_teacher":
-            t = torch.zeros_like(t)                      # log pi_T := 0
-
-        # lines 6, 7: one gate for all ranks, on every token of all of them
-        g, lam = None, cfg.lam
-        if cfg.method in GATED:
-            g = gate.update(statistic(known[1] if watches_student else H_T, mask))
-            lam = g * cfg.lam                                                        # Eq. (7)
-
-        # called by update with each micro-batch; s, H_S: (n, T'), 0 on padding; fills u as well
-        def advantages(rows, s, H_S):
-            at = (rows, slice(s.shape[1]))
-            u[at] = t[at] - s                                                # line 4, Eq. (4)
-            return token_advantages(a_seq[rows], u[at], lam, cfg.method,     # lines 5, 8, Eq. (2)
-                                    cfg.compose)
-
-        # lines 2, 9
-        lr = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup_lr_steps))
-        for group in optimizer.param_groups:             # --init_from brings the old run's
-            group.update(lr=lr, weight_decay=cfg.weight_decay)
-        weights = token_weights(mask, truncated, cfg.loss_agg, cfg.mask_truncated)
-        with timer("train", row):
-            loss, norm, H_S, finite = update(policy, optimizer, rollouts, weights, advantages, cfg,
-                                             known)
-
-        now = {"step": step + 1, "position": now["position"] + cfg.problems_per_step,
-               "skipped_updates": now["skipped_updates"] + (not finite),
-               "failures": 0 if finite else now["failures"] + 1, "gate": gate.state_dict()}
-        row |= summary(rollouts, sources, mask, a_seq, u, H_S, H_T, cfg) | {
-            "gate": g, "h_warm": gate.h_warm, "lam": lam if sources else None, "loss": loss,
-            "grad_norm": norm, "lr": lr, "skipped_updates": now["skipped_updates"],
-            "tokens_per_s": sum(gather(int(lengths.sum()))) / (time.perf_counter() - started),
-            "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30
-            if device.type == "cuda" else None}
-        if rank == 0:
-            record(cfg, row, bar, tracker, rollouts, sources, u, H_T, tokenizer)
-        if now["failures"] == 3:
-            raise InputError(f"three updates in a row were not finite, up to step {step}; the last "
-                             f"checkpoint is {(checkpoints(run) or ['none'])[-1]}")
-        due = cfg.save_every and (now["step"] % cfg.save_every == 0 or now["step"] == cfg.steps)
-        if due and finite:
-            save_checkpoint(run, policy, optimizer, now)
-        if cfg.export_every and now["step"] % cfg.export_every == 0:
-            export_model(run / f"model-{now['step']:06d}", policy, source)
-
-    last = {"step": cfg.steps} | evaluate(policy, tokenizer, held_out, cfg) if held_out else {}
-    export_model(run / "model", policy, source)
-    if rank == 0:
-        if last:
-            append(run / "metrics.jsonl", last)          # the learning curve's last point
-        farewell(run)
 
 
 if __name__ == "__main__":
