@@ -4,7 +4,7 @@ The method is that of "Anti-Self-Distillation for Reasoning RL via Pointwise Mut
 (Shen et al., 2026, arXiv 2605.11609); equation and table numbers below are the paper's. A language
 model answers a problem, a verifier grades the answer, and GRPO reinforces the responses that beat
 their group. In addition the same network, now called the teacher, reads the problem together with
-a verified solution c and scores the student's own tokens. Self-distillation would pull the student
+a verified solution c and scores the student's own tokens. Self-distillation pulls the student
 towards that teacher. AntiSD pushes it away, with a capped reward for tokens that the teacher finds
 unlikely, and a gate switches the push off when the teacher's entropy collapses.
 
@@ -77,8 +77,6 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache,
                           GenerationConfig, HfArgumentParser, PreTrainedTokenizerFast)
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 # --- 1. The method: pure tensor functions ---------------------------------------------------------
 
@@ -143,8 +141,8 @@ def token_advantages(seq_advantages, u, lam, method="antisd", compose="add"):
 class EntropyGate:
     """The Schmitt trigger (a switch with hysteresis) of Eq. (7) on the teacher's entropy H.
 
-    The first `warmup_steps` steps return g = 0 and record H; h_warm is the median of the recorded
-    values. The gate is open (g = 1) when the warm-up ends. From then on, each step sets
+    The first `warmup_steps` steps return g = 0 and record H; h_warm is the median of these H. Then
+    the gate is open (g = 1), and each step sets
         g = 1          if H >= h_warm,
         g = 0          if H < tau_down * h_warm,
         g unchanged    in between.
@@ -184,10 +182,9 @@ def policy_loss(logp, old_logp, advantages, mask, num_tokens, clip=0.2):
     """PPO's clipped surrogate: -sum(mask * min(r A, clip(r) A)) / num_tokens, r = pi / pi_old.
 
     logp, old_logp, advantages, mask: (N, T); mask may hold weights; returns a scalar. num_tokens is
-    the sum of the mask over the WHOLE update, all micro-batches and ranks. So the losses of the
-    micro-batches add up to the loss of the update, however it was split. With one update per batch
-    old_logp equals logp: r = 1, the clip is inert, the loss is -mean A, and its gradient is
-    -mean(A grad log pi).
+    the sum of the mask over the WHOLE update, all micro-batches and ranks, so that the losses of
+    micro-batches add up to that of the update. With one update per batch old_logp equals logp:
+    r = 1, the clip is inert, the loss is -mean A, and its gradient is -mean(A grad log pi).
     """
     ratio = torch.exp(logp - old_logp.detach())
     clipped = ratio.clamp(1 - clip, 1 + clip)
@@ -209,8 +206,8 @@ def teacher_messages(problem, solution, correct):
     and the verdict on the student's own response. Without a solution: the student's messages."""
     messages = student_messages(problem)
     if solution:
-        # In the paper, too, the verdict follows the solution but speaks of the student's response.
-        # The texts are concatenated, because solutions are full of braces and percent signs.
+        # As in the paper, the verdict follows the solution but speaks of the student's response.
+        # Concatenation is safe where solutions are full of braces and percent signs.
         messages[-1]["content"] += (
             "\n\nYour previous attempt:\n" + solution
             + "\n\nPrevious assessment: Your answer is " + ("correct." if correct else "incorrect.")
@@ -337,7 +334,7 @@ class Policy(nn.Module):
     def __init__(self, model, eos_ids):
         super().__init__()
         self.model, self.eos_ids = model.eval(), sorted(eos_ids)
-        # The checkpoint's own top_k, penalties and so on would change the distribution of rollouts.
+        # The checkpoint's own top_k, penalties and so on would distort the rollouts.
         model.generation_config = GenerationConfig()
         # An empty tensor on the device that computes. With --offload the weights are elsewhere.
         self.register_buffer("anchor", torch.empty(0, device=model.device), persistent=False)
@@ -360,15 +357,15 @@ class Policy(nn.Module):
         return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)
 
     def generate(self, **inputs):
-        """Hugging Face's generate, as a method that FSDP can hook (see `shard`)."""
-        return self.model.generate(**inputs)
+        return self.model.generate(**inputs)             # a method that FSDP can hook, see `shard`
 
     def train(self, mode=True):
         """Sets the flag `training` on the decoder layers alone, where it means that the backward
         pass recomputes them. The modules inside them stay in eval mode: with dropout, student and
         teacher would not be one function."""
+        layer_class = transformers.modeling_layers.GradientCheckpointingLayer
         for module in self.modules():
-            module.training = mode and isinstance(module, GradientCheckpointingLayer)
+            module.training = mode and isinstance(module, layer_class)
         return self
 
 
@@ -452,11 +449,10 @@ def decode(policy, prompts, group_size, max_tokens, stride, settings):
     stride, the responses that have ended leave the batch, so that no work is spent on them."""
     device, width = policy.anchor.device, max(map(len, prompts))
     eos_ids = torch.tensor(policy.eos_ids, device=device)
-    # left padding, because generate() appends on the right
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # left-padded
     attend = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    # Each prompt is read once for its whole group. Its last token is left for the first stride.
-    # generate() cannot read without drawing a token, which is thrown away here.
+    # Each prompt, but for its last token, is read once for its whole group. generate() cannot read
+    # without drawing a token, which is thrown away here.
     cache = DynamicCache(config=policy.model.config)
     policy.generate(input_ids=ids[:, :-1], attention_mask=attend[:, :-1], past_key_values=cache,
                     max_new_tokens=1, **settings)
@@ -464,8 +460,8 @@ def decode(policy, prompts, group_size, max_tokens, stride, settings):
     responses = [[] for _ in range(len(prompts) * group_size)]
     growing = list(range(len(responses)))                # row i is responses[growing[i]]
     for done in range(0, max_tokens, stride):
-        # Selects rows: first each prompt G times, later those that have not ended. Other methods
-        # of the cache do the same, but hybrid layers (linear attention) have only this one.
+        # First each prompt G times, later the responses that have not ended. reorder_cache is the
+        # only method that selects rows in hybrid layers (linear attention), too.
         cache.reorder_cache(rows)
         ids, attend = ids[rows], attend[rows]
         longer = policy.generate(input_ids=ids, attention_mask=attend, past_key_values=cache,
@@ -491,8 +487,7 @@ def roll_out(policy, tokenizer, problems, group_size, sampler="generate", **sett
     with nullcontext() if sharded else gathered(policy):
         responses = sample(policy, [p["prompt"] for p in problems], group_size, sharded=sharded,
                            **settings)
-    # Special tokens are not part of the text, except the marks of a thought, which some tokenizers
-    # declare special.
+    # Special tokens are no text. The marks of a thought are, though some tokenizers say special.
     special = {i for i, token in tokenizer.added_tokens_decoder.items()
                if token.special and token.content not in ("<think>", "</think>")}
     rollouts = []
@@ -558,8 +553,7 @@ def train(cfg):
         if held_out and step % cfg.eval_every == 0:
             metrics |= evaluate(policy, tokenizer, held_out, cfg, step)
 
-        # line 1: y ~ pi_S(.|x) and R(x, y). The seed depends on the step, so that a resumed run
-        # draws the same responses.
+        # line 1: y ~ pi_S(.|x) and R(x, y). A seed for each step makes a resumed run draw the same.
         position = now["position"] + rank * share        # of this rank's problems in the data order
         torch.manual_seed(hash((cfg.seed, step, rank)))
         with timer("rollout", metrics):
@@ -576,7 +570,7 @@ def train(cfg):
 
         # line 3: log pi_T(y_t) and the teacher's entropies H_T: the same weights, c in the prompt
         s, t, u, H_S, H_T = torch.zeros(5, *mask.shape, device=device)               # (N, T) each
-        origins = []                                     # where each c came from; grpo shows none
+        origins = []             # where each c came from; grpo has no c, and its delta ignores u
         with timer("score", metrics):
             if cfg.method != "grpo":
                 prompts_T, origins = teacher_prompts(tokenizer, rollouts, cfg.group_size,
@@ -1157,10 +1151,14 @@ def load_tokenizer(name, template_kwargs):
 def only_lm_head(model):
     """Whether a model's logits are lm_head(hidden) and no more, as Policy.forward computes them.
     The model is asked with a small head, and with random hidden states instead of its layers."""
+    class Output(tuple):                                 # of the layers; models ask it for much else
+        def __getattr__(self, name):
+            return self[0] if name == "last_hidden_state" else None
+
     hidden = 50 * torch.randn(1, 2, model.get_output_embeddings().weight.shape[1])
     head = nn.Linear(hidden.shape[2], 9)
     model.set_output_embeddings(head)
-    model.base_model.forward = lambda *args, **options: MoeModelOutputWithPast(hidden)
+    model.base_model.forward = lambda *args, **options: Output([hidden])
     return torch.allclose(model(input_ids=torch.tensor([[0, 1]])).logits, head(hidden))
 
 
@@ -1369,8 +1367,10 @@ def finish(cfg, policy, tokenizer, held_out, model_folder):
         gates = [(line["step"], line["gate"]) for line in lines if line.get("gate") is not None]
         moves = [f"{'opened' if g else 'shut'} at step {step}"
                  for (_, before), (step, g) in zip(gates, gates[1:]) if g != before]
-        print(*[f"held-out accuracy: {marks[0]} before, {marks[-1]} after"] * bool(marks),
-              *["the gate " + (", ".join(moves) or "never moved")] * bool(gates), sep="\n")
+        if marks:
+            print(f"held-out accuracy: {marks[0]} before, {marks[-1]} after")
+        if gates:
+            print("the gate " + (", ".join(moves) or "never moved"))
 
 
 def main(program, kind=Config):
