@@ -676,8 +676,7 @@ class Config:
     dataset: str = flag("open-r1/DAPO-Math-17k-Processed:all", "training problems (Table 5): "
                         ".jsonl, .json or .parquet file, or hub id, also as id:config:split")
     max_prompt_tokens: int = flag(2048, "longer problems are dropped and counted (not the paper's)")
-    chat_template_kwargs: str = flag("{}", "JSON for the chat template, of student and teacher: "
-                                     """'{"enable_thinking": false}' for Qwen3 hybrids""")
+    chat_template_kwargs: str = flag("{}", """JSON, template flags: '{"enable_thinking": false}'""")
     # the method
     method: Literal[tuple(METHODS)] = flag("antisd", "which per-token term joins GRPO")
     compose: Literal["add", "mul"] = flag("add", "A + lam * delta, or A * (1 + lam * delta)")
@@ -692,8 +691,8 @@ class Config:
     max_tokens: int = flag(32768, "longest response, in tokens (Table 5)")
     temperature: float = flag(1.0, "of rollouts; scoring divides by it too (Table 5)")
     rollout_batch: int = flag(0, "most responses decoded at once on a rank, whole groups; 0: all")
-    sampler: Literal["generate", "sharded"] = flag("generate", "generate: whole weights on every "
-        "rank; sharded: they stay split, slow, for models that do not fit on one GPU")
+    sampler: Literal["generate", "sharded"] = flag(
+        "generate", "sharded: decode with split weights; slow, for models beyond one GPU")
     # the update
     lr: float = flag(1e-6, "AdamW's constant learning rate (Table 5)")
     warmup_lr_steps: int = flag(0, "linear learning-rate warm-up, in steps")
@@ -961,9 +960,9 @@ def shard(policy, dtype, device, offload=False):
     head, because the two may be tied. With `offload` all that is split lies in host memory."""
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     pinned = device.type == "cuda"
-    options = dict(mesh=mesh, reshard_after_forward=True, offload_policy=CPUOffloadPolicy(pinned)
-                   if offload else OffloadPolicy(), mp_policy=MixedPrecisionPolicy(
-                       param_dtype=dtype, reduce_dtype=torch.float32))
+    options = dict(mesh=mesh, reshard_after_forward=True,
+                   offload_policy=CPUOffloadPolicy(pinned) if offload else OffloadPolicy(),
+                   mp_policy=MixedPrecisionPolicy(dtype, torch.float32))
     for module in list(policy.modules()):
         if type(module).__name__ in policy.model._no_split_modules:      # the decoder layers
             fully_shard(module, **options)
@@ -1151,7 +1150,7 @@ def load_tokenizer(name, template_kwargs):
 def only_lm_head(model):
     """Whether a model's logits are lm_head(hidden) and no more, as Policy.forward computes them.
     The model is asked with a small head, and with random hidden states instead of its layers."""
-    class Output(tuple):                                 # of the layers; models ask it for much else
+    class Output(tuple):                                 # of the layers; models ask it for more
         def __getattr__(self, name):
             return self[0] if name == "last_hidden_state" else None
 
@@ -1241,11 +1240,7 @@ def prepare(cfg, world):
     room, sets = min(cfg.max_prompt_tokens, context - cfg.max_tokens - 150), []
     for path, split in ((cfg.dataset, "train"), (cfg.eval_dataset, None)):
         problems = load_problems(path, split) if path else []
-        for p in problems:                               # TypeError: of lone surrogates
-            with one_line(f"{path}: the problem of row {p['id'] + 1} cannot be rendered",
-                          jinja2.TemplateError, TypeError):
-                p["prompt"] = render(tokenizer, student_messages(p["problem"]), cfg.template_kwargs)
-                tokenizer.encode(p["solution"] or p["answer"])
+        add_prompts(problems, path, tokenizer, cfg.template_kwargs)
         sets.append([p for p in problems if len(p["prompt"]) <= room])
         if path and not sets[-1]:
             raise InputError(f"{path}: no problem fits into the {room} tokens that the model's "
@@ -1254,6 +1249,15 @@ def prepare(cfg, world):
             print(f"{path}: dropped {len(problems) - len(sets[-1])} of {len(problems)} (too long)")
     open_run(cfg, sets)
     return tokenizer, model_folder, context - cfg.max_tokens, *sets
+
+
+def add_prompts(problems, path, tokenizer, template_kwargs):
+    """Gives each problem its student's "prompt" ids. InputError names a row that has none."""
+    for p in problems:
+        with one_line(f"{path}: the problem of row {p['id'] + 1} cannot be rendered",
+                      jinja2.TemplateError, TypeError):  # TypeError: half of a surrogate pair
+            p["prompt"] = render(tokenizer, student_messages(p["problem"]), template_kwargs)
+            tokenizer.encode(p["solution"] or p["answer"])
 
 
 def evaluate(policy, tokenizer, problems, cfg, step):

@@ -30,9 +30,9 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
-from antisd import (InputError, append, checksum, extract_boxed, flag, gather, load_policy,
-                    load_problems, load_tokenizer, main, one_line, read_lines, render, roll_out,
-                    setup, student_messages, template_variables, write_whole)
+from antisd import (InputError, add_prompts, all_gather, append, extract_boxed, flag, load_policy,
+                    load_problems, load_tokenizer, main, one_line, read_lines, roll_out, setup,
+                    template_variables, write_whole)
 
 # --- 1. Settings: every field is a flag -----------------------------------------------------------
 
@@ -169,9 +169,7 @@ def load_sets(cfg, tokenizer):
             raise InputError(f"{name} ({b.data}, split {b.split}) has {len(problems)} problems "
                              f"instead of {b.rows}: another version, scores would not compare")
         problems = problems[:cfg.limit or None]
-        for p in problems:
-            with one_line(f"{name}: the problem of row {p['id'] + 1} cannot be rendered"):
-                p["prompt"] = render(tokenizer, student_messages(p["problem"]), cfg.template_kwargs)
+        add_prompts(problems, name, tokenizer, cfg.template_kwargs)
         sets[name] = problems, (cfg.samples or b.samples) if cfg.temperature else 1
     return sets
 
@@ -197,7 +195,8 @@ def fingerprint(cfg, sets, source):
                 if key not in ("output", "rollout_batch")}               # may differ at a rerun
     model = source.name                                  # of a hub id: the commit
     if Path(cfg.model).is_dir():
-        model = [(file.name, checksum(file)) for file in sorted(source.iterdir())
+        model = [(file.name, hashlib.file_digest(file.open("rb"), "sha256").hexdigest())
+                 for file in sorted(source.iterdir())
                  if file.suffix in (".safetensors", ".bin", ".json")]
     for name, value in ("the model's files", model), ("the problems", sets):
         settings[name] = hashlib.sha256(json.dumps(value).encode()).hexdigest()
@@ -228,12 +227,12 @@ def open_output(output, settings):
     if changed := [key for key in settings if old.get(key) != settings[key]]:
         raise InputError(f"{output} holds responses of other settings ({', '.join(changed)}): "
                          "choose another --output")
-    gather(None)                                         # every rank has read; now rank 0 writes
+    all_gather(None)                                     # every rank has read; now rank 0 writes
     if dist.get_rank() == 0:
         if not rows:
             write_whole(output / "results.json", json.dumps({"settings": settings}, indent=1))
         write_responses(output, rows)
-    gather(None)                                         # the other ranks' parts begin anew
+    all_gather(None)                                     # the other ranks' parts begin anew
     return rows
 
 
@@ -243,7 +242,7 @@ def open_output(output, settings):
 def answer(cfg, tokenizer, batches, device, part):
     """Draws and grades every batch, (seed, [(key, problem), ...]), and adds its rows to the file
     `part`. A batch that a kill cut in the middle of its rows is drawn whole again, because its
-    responses follow from its seed and from all of its rows; none is kept or lost for its length."""
+    responses follow from its seed and all of its rows; none is kept or lost for its length."""
     dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(cfg.dtype, cfg.dtype)
     policy = load_policy(cfg.model, getattr(torch, dtype), tokenizer).to(device)
     bar, marks = tqdm(batches, disable=dist.get_rank() > 0, unit="batch", dynamic_ncols=True), []
@@ -270,8 +269,7 @@ def measure(cfg):
     cfg = dataclasses.replace(cfg, max_tokens=response_length(cfg, sets, context))
     settings = fingerprint(cfg, sets, source)
     done = open_output(output, settings)
-    # one sample of every problem, then the next one of every problem, and so on: the accuracy in
-    # the progress bar is soon one over all of them
+    # one sample of every problem, then the next: the progress bar's accuracy is soon one over all
     pairs = [((name, p["id"], sample), p) for name, (problems, k) in sets.items()
              for sample in range(k) for p in problems]
     batches = [(hash((cfg.seed, first)), pairs[first:first + cfg.rollout_batch])
@@ -280,7 +278,7 @@ def measure(cfg):
     if left[rank::world]:
         part = output / (f"responses.{rank}.jsonl" if rank else "responses.jsonl")
         answer(cfg, tokenizer, left[rank::world], device, part)
-    gather(None)                                         # every part is whole
+    all_gather(None)                                     # every part is whole
     if rank == 0:
         rows = read_responses(output)
         assert len(rows) == len(pairs), f"do all ranks write into the same {output}?"

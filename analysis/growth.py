@@ -46,7 +46,7 @@ def run_forced(work, flags):
 
     antisd.load_policy = without_end
     steps = versus_trl.run_ours(work, str(ANTISD), flags)
-    peaks = antisd.gather([step["peak_gib"] for step in steps])      # of every rank
+    peaks = antisd.all_gather([step["peak_gib"] for step in steps])      # of every rank
     return [step | {"peak_gib": max(column)} for step, column in zip(steps, zip(*peaks))]
 
 

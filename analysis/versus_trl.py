@@ -61,18 +61,17 @@ def run_ours(work, source, flags):
     """Trains with the antisd.py at `source` -> steps, of each rank its own."""
     sys.path.insert(0, str(Path(source).parent))
     import antisd
-    watch, update = Watch(), antisd.update
+    watch, summary = Watch(), antisd.summary
 
-    def last(*positional, **named):
-        result = update(*positional, **named)
+    def after_the_update(*positional):
         watch.end()
-        return result
+        return summary(*positional)
 
-    antisd.update, antisd.is_correct = last, lambda text, answer: even(text)
+    antisd.summary, antisd.is_correct = after_the_update, lambda text, answer: even(text)
     antisd.roll_out = watch.generating(antisd.roll_out, lambda rows: [len(r.ids) for r in rows])
     run = os.environ.get("TORCHELASTIC_RUN_ID", os.getpid())             # the same on all ranks
     antisd.train(antisd.Config(dataset=f"{work}/problems.jsonl", output=f"{work}/{run}",
-                               save_every=0, **flags))
+                               save_every=0, gradient_checkpointing=False, **flags))
     return watch.steps
 
 
