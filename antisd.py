@@ -4,9 +4,9 @@ The method is that of "Anti-Self-Distillation for Reasoning RL via Pointwise Mut
 (Shen et al., 2026, arXiv 2605.11609); equation and table numbers below are the paper's. A language
 model answers a problem, a verifier grades the answer, and GRPO reinforces the responses that beat
 their group. In addition the same network, now called the teacher, reads the problem together with
-a verified solution c and scores the student's own tokens. Self-distillation pulls the student
-towards that teacher. AntiSD pushes it away, with a capped reward for tokens that the teacher finds
-unlikely, and a gate switches the push off when the teacher's entropy collapses.
+c, a verified solution and a verdict on the response, and scores the student's own tokens. Self-
+distillation pulls the student towards that teacher. AntiSD pushes it away, with a capped reward for
+tokens that the teacher finds unlikely. A gate ends the push when the teacher's entropy collapses.
 
     torchrun antisd.py @toy/demo.args                                    # a laptop, minutes
     torchrun --nproc-per-node 8 antisd.py --model Qwen/Qwen3-4B-Instruct-2507 --max_tokens 8192
@@ -22,15 +22,16 @@ Algorithm 1 is the function train(), where each line carries its number:
     8  A_t = A_seq - lambda * sg[phi(u_t)], Eq. (2), (6)                     token_advantages
     9  one policy-gradient update                                            policy_loss
 The forward pass that line 9 needs computes s as well. So train() runs line 2 inside the loop of
-line 9, after lines 3, 6 and 7, which do not depend on s.
+line 9, after lines 3, 6 and 7, except where these need s first.
 
-Sections 1 to 5 are the paper. The rest is what any trainer needs; cfg.NAME is the flag --NAME of
-section 6. Left out on purpose: critic, KL term, reference model, reward model, inference engine.
+Sections 1 to 5 are the paper. Around it stand flags (6; cfg.NAME is --NAME), answers and data (7),
+FSDP and micro-batches (8), checkpoints (9), start-up and records (10). Left out on purpose: critic,
+KL term, reference model, reward model, inference engine.
 Shapes: this rank has B problems with G responses each, N = B * G responses in all; the responses of
 one problem, a group, are consecutive. T is the length of the longest response, L that of the
-longest prompt with its response; V words, D hidden units. A micro-batch has n of the N responses
-and M response tokens. Log-probabilities, u and entropies are in nats. Where the paper is silent, a
-comment says "our choice"; the README lists the choices that change results.
+longest prompt with its response; V words, D hidden units. A micro-batch has n of the N responses,
+M response tokens and the longest response T'. Log-probabilities, u and entropies are in nats.
+Where the paper is silent or we depart from it, a comment says "our choice"; the README lists these.
 """
 import ctypes
 import dataclasses
@@ -47,7 +48,6 @@ import random
 import re
 import shlex
 import shutil
-import signal
 import socket
 import statistics
 import sys
@@ -70,9 +70,8 @@ from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed import fsdp
 from torch.distributed.checkpoint import state_dict as dcp_state
-from torch.distributed.fsdp import (CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy,
-                                    OffloadPolicy, fully_shard, register_fsdp_forward_method)
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache,
@@ -87,7 +86,7 @@ def group_advantages(rewards, group_size):
     rewards (N,), where each group is `group_size` consecutive entries; returns (N,).
     """
     groups = rewards.view(-1, group_size)                                            # (B, G)
-    groups = groups - groups[:, :1]      # exact zeros where all rewards of a group are equal
+    groups = groups - groups[:, :1]      # equal rewards become exact zeros; their mean may round
     centred = groups - groups.mean(1, keepdim=True)
     # our choice: the unbiased standard deviation + 1e-6
     return (centred / (groups.std(1, keepdim=True) + 1e-6)).view(-1)
@@ -107,8 +106,8 @@ def phi(u):
 
 
 # The arms: the per-token term delta in A_t = A_seq + lambda * delta(u), u = log pi_T - log pi_S.
-# A signal of your own is one more entry here, and one in GATED if the gate should rule it. With v
-# drawn from pi_S and the teacher held fixed,
+# A signal of your own is one more entry here, and one in GATED if the gate should rule it. With v a
+# next token drawn from pi_S, u_v its u, and the teacher held fixed,
 #     grad JSD(pi_S || pi_T) = E[-phi(u_v) grad log pi_S(v)]     so delta = -phi ascends the JSD,
 #     grad  KL(pi_S || pi_T) = E[  -u_v    grad log pi_S(v)]     so delta = +u descends the KL,
 #     grad  KL(pi_T || pi_S) = E[-exp(u_v) grad log pi_S(v)]     so delta = 1 - exp(u) ascends it.
@@ -118,18 +117,17 @@ METHODS = {
     "sd_jsd": phi,                      # self-distillation that descends the JSD
     "antisd": lambda u: -phi(u),        # Eq. (6)
     "antisd_kl": lambda u: -u,          # ablation: ascends the KL, so it has no cap
-    "no_teacher": lambda u: -phi(u),    # ablation: train() sets log pi_T to 0, so that u = -s
+    "no_teacher": lambda u: -phi(u),    # ablation: log pi_T := 0, so u = -s; H stays the teacher's
 }
-
-GATED = ("antisd", "antisd_kl", "no_teacher")    # our choice: warm-up and gate are AntiSD's alone
+GATED = ("antisd", "antisd_kl", "no_teacher")    # our choice: the sd arms act from step 0, ungated
 
 
 def token_advantages(seq_advantages, u, lam, method="antisd", compose="add"):
     """Every token's advantage, Eq. (2): A_t = A_seq + lambda * sg[delta(u_t)].
 
     seq_advantages (N,), u (N, T) in nats, lam >= 0; returns (N, T) without gradient. With lam = 0
-    this is GRPO. compose="mul" is Table 3's A_seq * (1 + lambda * delta). It is 0 where all
-    responses of a group are right or all are wrong; the additive form still acts there.
+    this is GRPO. compose="mul" is Table 3's A_seq * (1 + lambda * delta). That product is 0 where
+    all responses of a group are right or all are wrong; the sum still acts there.
     """
     delta = METHODS[method](u.detach())
     a_seq = seq_advantages.detach()[:, None]
@@ -163,7 +161,7 @@ class EntropyGate:
                 # our choice: the paper does not say how it pools the warm-up steps
                 self.h_warm = statistics.median(self.history)
             return 0.0
-        if self.h_warm is None:                          # warmup_steps=0, only with tau_down=0
+        if self.h_warm is None:                          # warmup_steps=0: Config asks tau_down=0
             return self.g
         if entropy >= self.h_warm:       # our choice: equality opens, and does not shut
             self.g = 1.0
@@ -206,8 +204,8 @@ def teacher_messages(problem, solution, correct):
     and the verdict on the student's own response. Without a solution: the student's messages."""
     messages = student_messages(problem)
     if solution:
-        # As in the paper, the verdict follows the solution but speaks of the student's response.
-        # Concatenation is safe where solutions are full of braces and percent signs.
+        # The paper's wording, odd as it reads: a right solution called "your attempt", and then the
+        # verdict on y. Concatenated, because str.format trips over the braces of a solution.
         messages[-1]["content"] += (
             "\n\nYour previous attempt:\n" + solution
             + "\n\nPrevious assessment: Your answer is " + ("correct." if correct else "incorrect.")
@@ -232,18 +230,17 @@ class Rollout:
 
 
 def pick_solutions(group, rng):
-    """The verified solution that each response of a group is shown: [(solution, origin), ...].
+    """For each response of a group, the solution that its teacher reads: [(solution, origin), ...].
 
-    It is a correct sibling, the same one for the whole group. That sibling itself is shown another
-    correct one, because the teacher would only copy what it is to score. Where no correct sibling
-    exists, it is the data set's worked solution, else the data set's bare answer. group: a list of
-    Rollout; rng: a random.Random.
+    It is a correct sibling, the same one for the whole group. For that sibling it is another
+    correct one, because a teacher would only copy the text that it is to score. Without a correct
+    sibling it is the data set's worked solution, else its bare answer.
     """
     correct = [r for r in group if r.reward == 1.0]
     rng.shuffle(correct)                                 # our choice: a seeded random sibling
     picks = []
     for r in group:
-        sibling = next((c for c in correct if c is not r), None)         # our choice: never itself
+        sibling = next((other for other in correct if other is not r), None)     # our choice
         worked = final_part(r.problem["solution"] or "")
         if sibling:
             picks.append((final_part(sibling.text), "sibling"))
@@ -258,8 +255,8 @@ def teacher_prompts(tokenizer, rollouts, group_size, template_kwargs, max_prompt
     """pi_T's prompt ids for each rollout, and the origin of its solution: two lists of length N.
 
     A solution that makes a prompt longer than `max_prompt` tokens loses its head, since the answer
-    stands in its tail; nothing else is ever cut. position: the place of the first problem in the
-    data order. It seeds the choice of siblings, so that the number of ranks does not change it.
+    stands in its tail; nothing else is ever cut. position: the index of the first problem in the
+    data order. It seeds the choice of siblings, so that the choice is the same on any rank.
     """
     def prompt_with(solution, r):
         messages = teacher_messages(r.problem["problem"], solution, r.reward == 1.0)
@@ -291,9 +288,9 @@ def final_part(text):
 
 
 def is_correct(response, answer):
-    """R(x, y): whether the response's last box equals the reference answer; two texts -> bool."""
+    """R(x, y): whether the last box after the thoughts equals the reference; two texts -> bool."""
     gold, box = answer.strip(), (extract_boxed(response) or "").strip()      # section 7
-    if not 0 < len(box) <= max(300, 2 * len(gold)):
+    if not 0 < len(box) <= max(300, 2 * len(gold)):      # longer is no answer, but slow to parse
         return False
     if gold.isdecimal() and box.isdecimal():             # all of DAPO-Math and AIME
         return int(gold) == int(box)
@@ -307,15 +304,15 @@ def token_logprobs(hidden, lm_head, targets, temperature=1.0, chunk=1024):
     """log pi(target) and the entropy of pi, from hidden states, without ever holding all logits.
 
     hidden (M, D), lm_head: a module (m, D) -> (m, V) logits, targets (M,) ids; returns ((M,), (M,))
-    in nats, float32; no gradient flows through the entropy. At most `chunk` rows of logits exist at
-    a time, fewer for big vocabularies (2^26 logits, 256 MiB), and the backward pass recomputes
-    them: 32K tokens x 152K words in float32 would be 20 GB.
+    in nats, float32; no gradient flows through the entropy. At most m = `chunk` rows of logits
+    exist at a time, fewer for big vocabularies (2^26 logits, 256 MiB), and the backward pass
+    recomputes them: 32K tokens x 152K words in float32 would be 20 GB.
     """
     def one_chunk(h, y):
         # float32 before log_softmax: in bfloat16 it would err by 0.01 nats, the size of many u
         logps = F.log_softmax(lm_head(h).float() / temperature, dim=-1)              # (m, V)
         logp = logps.gather(-1, y[:, None]).squeeze(-1)
-        with torch.no_grad():            # the last lines, so that recomputation stops before them
+        with torch.no_grad():            # last, because checkpoint() recomputes up to what it needs
             # the clamp gives 0 * -1e9 = 0 where p = 0; 0 * -inf would be NaN
             entropy = -torch.linalg.vecdot(logps.exp(), logps.clamp_min(-1e9))
         return logp, entropy
@@ -329,22 +326,22 @@ def token_logprobs(hidden, lm_head, targets, temperature=1.0, chunk=1024):
 
 
 class Policy(nn.Module):
-    """A Hugging Face causal language model; pi_S and pi_T are this one network on two prompts."""
+    """A causal language model whose logits are lm_head(hidden); pi_S and pi_T are this network."""
 
     def __init__(self, model, eos_ids):
         super().__init__()
         self.model, self.eos_ids = model.eval(), sorted(eos_ids)
         # The checkpoint's own top_k, penalties and so on would distort the rollouts.
         model.generation_config = GenerationConfig()
-        # An empty tensor on the device that computes. With --offload the weights are elsewhere.
+        # anchor.device is where we compute. With --offload the parameters lie in host memory.
         self.register_buffer("anchor", torch.empty(0, device=model.device), persistent=False)
 
     def forward(self, ids, response_mask, temperature=1.0):
         """Log-probabilities and entropies of the response tokens of right-padded rows (see `pack`).
 
         ids (n, L); response_mask (n, L-1) bool, true at j where token j+1 belongs to the response.
-        Returns (n, T) and (n, T) in nats, with zeros after a response's end. The padding stands on
-        the right, where causal attention never looks, so the model needs no attention mask.
+        Returns (n, T') and (n, T') in nats, with zeros after a response's end. The padding stands
+        on the right, where causal attention never looks, so the model needs no attention mask.
         """
         hidden = self.model.base_model(input_ids=ids, use_cache=False)[0]            # (n, L, D)
         logp, entropy = token_logprobs(hidden[:, :-1][response_mask],
@@ -353,11 +350,11 @@ class Policy(nn.Module):
         # Boolean indexing took the tokens row by row. masked_scatter puts them back in that order.
         lengths = response_mask.sum(1)
         mask = torch.arange(max(1, int(lengths.max())), device=ids.device) < lengths[:, None]
-        zeros = torch.zeros(mask.shape, device=ids.device)                           # (n, T)
+        zeros = torch.zeros(mask.shape, device=ids.device)                           # (n, T')
         return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)
 
     def generate(self, **inputs):
-        return self.model.generate(**inputs)             # a method that FSDP can hook, see `shard`
+        return self.model.generate(**inputs)             # a method for FSDP's hooks: see `shard`
 
     def train(self, mode=True):
         """Sets the flag `training` on the decoder layers alone, where it means that the backward
@@ -383,7 +380,7 @@ def as_many_everywhere(batches):
 
     In every forward pass of a sharded model all ranks communicate, so each rank must run as many
     passes as the others. A rank without work is idle: `pack` makes one row without response tokens
-    out of an empty batch, and the loss of that row is 0.
+    out of an empty batch, whose log-probabilities are (1, 1) and whose loss is 0.
     """
     return batches + [[]] * (max(all_gather(len(batches))) - len(batches))
 
@@ -422,9 +419,9 @@ def sample(policy, prompts, group_size, max_tokens, temperature=1.0, top_p=1.0, 
 
     prompts: lists of ids. Returns len(prompts) * group_size lists of ids, groups consecutive, each
     up to and including its first end-of-sequence id, or max_tokens long. temperature 0 is greedy.
-    rollout_batch > 0 bounds how many responses are decoded at once, to whole groups and at least
-    one group. sharded: the weights stay split over the ranks, so every rank goes on decoding until
-    the last rank has finished.
+    rollout_batch > 0: decode at most so many responses at once, rounded down to whole groups, but
+    at least one group. sharded: the weights stay split over the ranks, so that every rank decodes
+    until the last rank has finished.
     """
     policy.eval()        # in train mode, gradient checkpointing makes generate() drop its cache
     # generate()'s own default is top_k=50, which would truncate the distribution
@@ -435,7 +432,7 @@ def sample(policy, prompts, group_size, max_tokens, temperature=1.0, top_p=1.0, 
         settings |= dict(temperature=temperature, top_p=top_p)
     size = max(1, rollout_batch // group_size) if rollout_batch else max(1, len(prompts))
     batches = [prompts[i:i + size] for i in range(0, len(prompts), size)]
-    if sharded:
+    if sharded:          # one stride: a rank that stops after fewer would leave the others waiting
         batches, stride = as_many_everywhere(batches), max_tokens
     responses = []
     for batch in batches:                                # an idle rank decodes the prompt [0, 0]
@@ -484,10 +481,10 @@ def decode(policy, prompts, group_size, max_tokens, stride, settings):
 def roll_out(policy, tokenizer, problems, group_size, sampler="generate", **settings):
     """`group_size` graded responses to each problem, groups consecutive; settings: of `sample`."""
     sharded = sampler == "sharded"
-    with nullcontext() if sharded else gathered(policy):
+    with nullcontext() if sharded else gathered(policy):         # gathered: whole on every rank
         responses = sample(policy, [p["prompt"] for p in problems], group_size, sharded=sharded,
                            **settings)
-    # Special tokens are no text. The marks of a thought are, though some tokenizers say special.
+    # The text lacks special tokens, but keeps <think> and </think>, which some tokenizers call so.
     special = {i for i, token in tokenizer.added_tokens_decoder.items()
                if token.special and token.content not in ("<think>", "</think>")}
     rollouts = []
@@ -526,7 +523,7 @@ def token_weights(mask, truncated, loss_agg="token", mask_truncated=False):
     weights = mask.float()
     if loss_agg == "seq":                                # our choice: "token", for every arm
         weights = weights / mask.sum(1, keepdim=True)
-    # our choice: truncated responses count, unless mask_truncated removes them from the sums
+    # our choice: truncated responses count, unless mask_truncated takes them out of the loss
     return weights * ~truncated[:, None] if mask_truncated else weights
 
 
@@ -536,16 +533,16 @@ def train(cfg):
     tokenizer, model_folder, max_prompt, problems, held_out = prepare(cfg, world)
     policy, optimizer = build(cfg, tokenizer, device)
     gate, g = EntropyGate(cfg.warmup_steps, cfg.tau_down), None
-    now = restore(cfg, policy, optimizer, {"step": 0, "position": 0, "skipped_updates": 0,
-                                           "failures": 0, "gate": gate.state_dict()})
-    gate.load_state_dict(now["gate"])                    # h_warm, and whether the gate is open
-    share = cfg.problems_per_step // world               # B, the problems of this rank
+    progress = restore(cfg, policy, optimizer, {
+        "step": 0, "position": 0, "skipped_updates": 0, "failures": 0, "gate": gate.state_dict()})
+    gate.load_state_dict(progress["gate"])               # h_warm, and whether the gate is open
+    B = cfg.problems_per_step // world                   # problems of this rank
+    # our choice: the mean; the paper takes the median, which is near 0 in a chain of thought
     pool = {"mean": global_mean, "median": global_median}[cfg.gate_stat]
     gate_reads_student = cfg.method in GATED and cfg.gate_source == "student"
-    # Must s be known before the first gradient? If your idea needs u of the whole batch first, say
-    # for a threshold, write True here, and below line 3 you may use t - s.
+    # Is s of the whole batch needed before the first gradient? True, if an idea of yours needs it.
     s_first = gate_reads_student or cfg.updates_per_batch > 1
-    bar = tqdm(range(now["step"], cfg.steps), initial=now["step"], total=cfg.steps,
+    bar = tqdm(range(progress["step"], cfg.steps), initial=progress["step"], total=cfg.steps,
                disable=rank > 0, dynamic_ncols=True)
 
     for step in bar:
@@ -554,11 +551,11 @@ def train(cfg):
             metrics |= evaluate(policy, tokenizer, held_out, cfg, step)
 
         # line 1: y ~ pi_S(.|x) and R(x, y). A seed for each step makes a resumed run draw the same.
-        position = now["position"] + rank * share        # of this rank's problems in the data order
+        position = progress["position"] + rank * B       # of this rank's first problem in the data
         torch.manual_seed(hash((cfg.seed, step, rank)))
         with timer("rollout", metrics):
             rollouts = roll_out(policy, tokenizer,
-                                next_problems(problems, position, share, cfg.seed), cfg.group_size,
+                                next_problems(problems, position, B, cfg.seed), cfg.group_size,
                                 cfg.sampler, max_tokens=cfg.max_tokens,
                                 temperature=cfg.temperature, rollout_batch=cfg.rollout_batch)
         prompts, responses = [r.problem["prompt"] for r in rollouts], [r.ids for r in rollouts]
@@ -568,39 +565,42 @@ def train(cfg):
         mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]    # (N, T)
         a_seq = group_advantages(rewards, cfg.group_size)                            # (N,)
 
-        # line 3: log pi_T(y_t) and the teacher's entropies H_T: the same weights, c in the prompt
+        # line 3: log pi_T(y_t) and the teacher's entropies H_T: the same weights, c in the prompt.
+        # s, H_S and u stay zero until line 9's loop fills them, or here if s_first.
         s, t, u, H_S, H_T = torch.zeros(5, *mask.shape, device=device)               # (N, T) each
-        origins = []             # where each c came from; grpo has no c, and its delta ignores u
+        origins = []                                     # where each c came from
         with timer("score", metrics):
-            if cfg.method != "grpo":
+            if cfg.method != "grpo":                     # grpo has no teacher; its delta ignores u
                 prompts_T, origins = teacher_prompts(tokenizer, rollouts, cfg.group_size,
                                                      cfg.template_kwargs, max_prompt, cfg.seed,
                                                      position)
                 t, H_T = score(policy, prompts_T, responses, cfg.micro_tokens, cfg.temperature)
-            if s_first:
+            if cfg.method == "no_teacher":
+                t = torch.zeros_like(t)
+            if s_first:          # below, u and H_S may be compared with thresholds over all ranks
                 s, H_S = score(policy, prompts, responses, cfg.micro_tokens, cfg.temperature)
-        if cfg.method == "no_teacher":
-            t = torch.zeros_like(t)
+                u = t - s
 
         # lines 6 and 7: one H over the tokens of all ranks, so that all ranks have the same gate
         lam = cfg.lam
         if cfg.method in GATED:
             g_before, g = g, gate.update(pool(H_S if gate_reads_student else H_T, mask))
             lam = g * cfg.lam                                                        # Eq. (7)
-            if rank == 0 and g_before not in (None, g):
+            if rank == 0 and g_before not in (None, g):  # None: the first step of this process
                 tqdm.write(f"step {step}: the gate {'opens' if g else 'shuts'}")
 
-        # lines 2, 4, 5, 8, 9: one update, or several on whole groups, each in micro-batches
-        for group in optimizer.param_groups:             # in every step: --init_from loads others
+        # lines 2, 4, 5, 8, 9: updates_per_batch updates of `size` responses each, whole groups, in
+        # micro-batches. lr and decay are set anew, because a loaded optimizer brings its old ones.
+        for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup_lr_steps))
             group["weight_decay"] = cfg.weight_decay
         weights = token_weights(mask, truncated, cfg.loss_agg, cfg.mask_truncated)   # (N, T)
         widths = [len(p) + len(y) for p, y in zip(prompts, responses)]
         losses, norms, size = [], [], len(rollouts) // cfg.updates_per_batch
-        policy.train(cfg.gradient_checkpointing)
+        policy.train(cfg.gradient_checkpointing)         # whether layers recompute in backward
         with timer("train", metrics):
             for start in range(0, len(rollouts), size):                              # one update
-                num_tokens = sum(all_gather(weights[start:start + size].sum().item()))
+                total_weight = sum(all_gather(weights[start:start + size].sum().item()))
                 loss_sum = 0.0
                 for micro in as_many_everywhere(micro_batches(widths[start:start + size],
                                                               cfg.micro_tokens)):
@@ -610,31 +610,32 @@ def train(cfg):
                     at = (rows, slice(logp.shape[1]))                                # (n, T')
                     if not s_first:
                         s[at], H_S[at] = logp.detach(), H                            # line 2
-                    u[at] = t[at] - s[at]                                            # line 4
-                    A = token_advantages(a_seq[rows], u[at], lam, cfg.method, cfg.compose)  # 5, 8
-                    loss = policy_loss(logp, s[at], A, weights[at], num_tokens or 1.0, cfg.clip)
+                        u[at] = t[at] - s[at]                                        # line 4
+                    A = token_advantages(a_seq[rows], u[at], lam, cfg.method,        # lines 5, 8
+                                         cfg.compose)    # where idle, (0, 1): an empty sum below
+                    loss = policy_loss(logp, s[at], A, weights[at], total_weight or 1.0, cfg.clip)
                     (loss * world).backward()            # FSDP averages over ranks; this undoes it
                     loss_sum += loss.item()
-                # The gradients are split over the ranks; this norm is that of the whole.
+                # Each rank holds a part of the gradients; this norm is that of the whole.
                 norm = nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
                 norms.append(norm.full_tensor().item())
                 losses.append(sum(all_gather(loss_sum)))
-                if num_tokens and math.isfinite(losses[-1]) and math.isfinite(norms[-1]):
+                if total_weight and math.isfinite(losses[-1]) and math.isfinite(norms[-1]):
                     optimizer.step()                                                 # line 9
                 else:
-                    now["skipped_updates"] += 1
+                    progress["skipped_updates"] += 1
                 optimizer.zero_grad()
 
         metrics |= summary(rollouts, origins, mask, a_seq, u, H_S, H_T, cfg, metrics) | {
             "gate": g, "h_warm": gate.h_warm, "lam": lam if origins else None,
             "loss": statistics.mean(losses), "grad_norm": statistics.mean(norms),
-            "lr": optimizer.param_groups[0]["lr"], "skipped_updates": now["skipped_updates"]}
+            "lr": optimizer.param_groups[0]["lr"], "skipped_updates": progress["skipped_updates"]}
         if rank == 0:
             record(cfg, metrics, bar, rollouts, origins, u, H_T, tokenizer)
         finite = all(map(math.isfinite, losses + norms))
-        now |= {"step": step + 1, "position": now["position"] + cfg.problems_per_step,
-                "failures": 0 if finite else now["failures"] + 1, "gate": gate.state_dict()}
-        save(cfg, policy, optimizer, now, model_folder)
+        progress |= {"step": step + 1, "position": progress["position"] + cfg.problems_per_step,
+                     "failures": 0 if finite else progress["failures"] + 1, "gate": gate.state_dict()}
+        save(cfg, policy, optimizer, progress, model_folder)     # ends the run at three failures
 
     finish(cfg, policy, tokenizer, held_out, model_folder)
 
@@ -686,8 +687,8 @@ class Config:
     gate_stat: Literal["mean", "median"] = flag("mean", "of token entropies; paper: median")
     gate_source: Literal["teacher", "student"] = flag("teacher", "whose entropy (Table 3)")
     # the rollout
-    problems_per_step: int = flag(32, "B, over all ranks (Table 5)")
-    group_size: int = flag(8, "G, responses per problem (Table 5)")
+    problems_per_step: int = flag(32, "problems of a step, over all ranks (Table 5)")
+    group_size: int = flag(8, "responses per problem, a group (Table 5)")
     max_tokens: int = flag(32768, "longest response, in tokens (Table 5)")
     temperature: float = flag(1.0, "of rollouts; scoring divides by it too (Table 5)")
     rollout_batch: int = flag(0, "most responses decoded at once on a rank, whole groups; 0: all")
@@ -937,9 +938,9 @@ def setup():
     """Joins torchrun's process group, or makes one of a single process -> rank, world, device."""
     if sys.platform == "linux" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # Where torchrun is killed with -9, its ranks would go on, and write beside the run that is
-        # then resumed. PR_SET_PDEATHSIG (1) makes the kernel kill them, too. If torchrun died
-        # before this line, its store is gone: fail now, not after a day's timeout.
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        # then resumed. PR_SET_PDEATHSIG (1) makes the kernel kill (9) them as well. If torchrun
+        # died before this line, its store is gone: fail now, not after a day's timeout.
+        ctypes.CDLL(None).prctl(1, 9)
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         socket.create_connection(address).close()
     cuda, launched = torch.cuda.is_available(), dist.is_torchelastic_launched()
@@ -959,16 +960,16 @@ def shard(policy, dtype, device, offload=False):
     layer is gathered in `dtype` while it computes. The root holds the embeddings together with the
     head, because the two may be tied. With `offload` all that is split lies in host memory."""
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
-    pinned = device.type == "cuda"
     options = dict(mesh=mesh, reshard_after_forward=True,
-                   offload_policy=CPUOffloadPolicy(pinned) if offload else OffloadPolicy(),
-                   mp_policy=MixedPrecisionPolicy(dtype, torch.float32))
+                   mp_policy=fsdp.MixedPrecisionPolicy(dtype, torch.float32))
+    if offload:                                          # pinned memory is for CUDA alone
+        options["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=device.type == "cuda")
     for module in list(policy.modules()):
         if type(module).__name__ in policy.model._no_split_modules:      # the decoder layers
-            fully_shard(module, **options)
-    fully_shard(policy, **options)                       # moves all to the device, layer by layer
+            fsdp.fully_shard(module, **options)
+    fsdp.fully_shard(policy, **options)                  # moves all to the device, layer by layer
     # Without this line `policy.generate` would skip the root's hook, which gathers the embeddings.
-    register_fsdp_forward_method(policy, "generate")
+    fsdp.register_fsdp_forward_method(policy, "generate")
     # The conversion follows the split, so that no rank ever holds a whole float32 copy. AdamW at
     # lr 1e-6 needs float32: in bfloat16 every update would be rounded away.
     return policy.float()
@@ -978,7 +979,7 @@ def shard(policy, dtype, device, offload=False):
 def gathered(policy):
     """Inside, every rank holds whole weights: decoding communicates nothing, and the ranks may
     decode responses of different lengths."""
-    layers = [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    layers = [module for module in policy.modules() if isinstance(module, fsdp.FSDPModule)]
     hooks = [(layer._forward_pre_hooks, layer._forward_hooks) for layer in layers]
     for layer in layers:                                 # eval.py does not split: no layers
         layer.set_reshard_after_forward(False, recurse=False)
@@ -1032,22 +1033,22 @@ def write_whole(path, text):
     writing.replace(path)
 
 
-def save(cfg, policy, optimizer, now, model_folder):
-    """After a step: the export and the checkpoint that are due, of which two stay. `now` says where
-    the run stands: steps done, data position, gate, skipped updates, failures in a row."""
-    folder, step = Path(cfg.output), now["step"]
-    if now["failures"] == 3:
+def save(cfg, policy, optimizer, progress, model_folder):
+    """After a step: the export and the checkpoint that are due; two checkpoints stay. `progress` is
+    where the run stands: steps done, data position, gate, skipped updates, failures in a row."""
+    folder, step = Path(cfg.output), progress["step"]
+    if progress["failures"] == 3:
         raise InputError(f"three updates in a row were not finite, up to step {step - 1}: lower "
                          f"--lr; the last checkpoint is {(checkpoints(folder) or ['none'])[-1]}")
     # The export comes first: if a kill cuts it short, the resumed run repeats this step.
     if cfg.export_every and step % cfg.export_every == 0:
         export_model(folder / f"model-{step:06d}", policy, model_folder)
     due = cfg.save_every and (step % cfg.save_every == 0 or step == cfg.steps)
-    if due and not now["failures"]:
+    if due and not progress["failures"]:
         model, optim = dcp_state.get_state_dict(policy, optimizer)
         target = folder / "checkpoints" / f"step-{step:06d}"
         with one_line(f"cannot write {target}", RuntimeError, dcp.CheckpointException):
-            dcp.save({"model": model, "optimizer": optim, "now": json.dumps(now)},
+            dcp.save({"model": model, "optimizer": optim, "progress": json.dumps(progress)},
                      checkpoint_id=target)
         if dist.get_rank() == 0:
             for old in {*target.parent.iterdir()} - {*checkpoints(folder)[-2:]}:
@@ -1055,7 +1056,7 @@ def save(cfg, policy, optimizer, now, model_folder):
                 shutil.rmtree(old)
 
 
-def restore(cfg, policy, optimizer, now):
+def restore(cfg, policy, optimizer, progress):
     """Loads the newest checkpoint of the run, or that of --init_from, written by any number of
     ranks; returns where the run stands. --init_from (continual AntiSD) keeps the weights, the
     optimizer and the data position of the old run, and starts step count and gate anew."""
@@ -1064,17 +1065,17 @@ def restore(cfg, policy, optimizer, now):
         print(f"--resume: {cfg.output} holds no checkpoint, so the run starts at step 0")
     if found := own or (checkpoints(cfg.init_from) if cfg.init_from else []):
         model, optim = dcp_state.get_state_dict(policy, optimizer)
-        state = {"model": model, "optimizer": optim, "now": ""}
+        state = {"model": model, "optimizer": optim, "progress": ""}
         with one_line(f"{found[-1]} cannot be loaded: damaged (delete it), or of another --model",
                       RuntimeError, dcp.CheckpointException):
             dcp.load(state, checkpoint_id=found[-1])
         dcp_state.set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
-        old = json.loads(state["now"])
-        now = old if own else now | {"position": old["position"]}
+        old = json.loads(state["progress"])
+        progress = old if own else progress | {"position": old["position"]}
     for file in Path(cfg.output).glob("*s.jsonl") if dist.get_rank() == 0 else ():
-        lines = [json.dumps(line) + "\n" for line in read_lines(file) if line["step"] < now["step"]]
-        write_whole(file, "".join(lines))                # the steps that follow are done once more
-    return now
+        lines = [line for line in read_lines(file) if line["step"] < progress["step"]]
+        write_whole(file, "".join(json.dumps(line) + "\n" for line in lines))
+    return progress
 
 
 def export_model(folder, policy, model_folder):
