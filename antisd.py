@@ -632,9 +632,9 @@ def train(cfg):
             "lr": optimizer.param_groups[0]["lr"], "skipped_updates": progress["skipped_updates"]}
         if rank == 0:
             record(cfg, metrics, bar, rollouts, origins, u, H_T, tokenizer)
-        finite = all(map(math.isfinite, losses + norms))
+        failures = 0 if all(map(math.isfinite, losses + norms)) else progress["failures"] + 1
         progress |= {"step": step + 1, "position": progress["position"] + cfg.problems_per_step,
-                     "failures": 0 if finite else progress["failures"] + 1, "gate": gate.state_dict()}
+                     "failures": failures, "gate": gate.state_dict()}
         save(cfg, policy, optimizer, progress, model_folder)     # ends the run at three failures
 
     finish(cfg, policy, tokenizer, held_out, model_folder)
@@ -956,9 +956,9 @@ def setup():
 
 
 def shard(policy, dtype, device, offload=False):
-    """FSDP2: float32 parameters, gradients and optimizer state are split over the ranks, and every
-    layer is gathered in `dtype` while it computes. The root holds the embeddings together with the
-    head, because the two may be tied. With `offload` all that is split lies in host memory."""
+    """FSDP2: float32 parameters, gradients and optimizer state are split over the ranks (and with
+    `offload` lie in host memory). Every layer is gathered in `dtype` while it computes. The root
+    holds the embeddings and the head, because the two may be tied."""
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     options = dict(mesh=mesh, reshard_after_forward=True,
                    mp_policy=fsdp.MixedPrecisionPolicy(dtype, torch.float32))
@@ -968,10 +968,9 @@ def shard(policy, dtype, device, offload=False):
         if type(module).__name__ in policy.model._no_split_modules:      # the decoder layers
             fsdp.fully_shard(module, **options)
     fsdp.fully_shard(policy, **options)                  # moves all to the device, layer by layer
-    # Without this line `policy.generate` would skip the root's hook, which gathers the embeddings.
-    fsdp.register_fsdp_forward_method(policy, "generate")
-    # The conversion follows the split, so that no rank ever holds a whole float32 copy. AdamW at
-    # lr 1e-6 needs float32: in bfloat16 every update would be rounded away.
+    fsdp.register_fsdp_forward_method(policy, "generate")        # else it skips the root's hook
+    # After the split, so that no rank ever holds a whole float32 copy. In bfloat16, AdamW at lr
+    # 1e-6 would round every update away.
     return policy.float()
 
 
@@ -994,11 +993,8 @@ def gathered(policy):
 
 
 def micro_batches(lengths, budget):
-    """Splits rows of these lengths into micro-batches (lists of row indices), longest rows first.
-
-    A micro-batch holds at most `budget` tokens with its padding, of which at most a tenth is
-    padding. A row that is longer than the budget goes alone.
-    """
+    """Splits rows of these lengths into lists of row indices, longest rows first. A micro-batch has
+    at most `budget` tokens, a tenth of them padding; a row beyond the budget goes alone."""
     batches = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         bigger = batches[-1] + [i] if batches else []    # the last micro-batch with row i added
@@ -1057,9 +1053,8 @@ def save(cfg, policy, optimizer, progress, model_folder):
 
 
 def restore(cfg, policy, optimizer, progress):
-    """Loads the newest checkpoint of the run, or that of --init_from, written by any number of
-    ranks; returns where the run stands. --init_from (continual AntiSD) keeps the weights, the
-    optimizer and the data position of the old run, and starts step count and gate anew."""
+    """Loads the newest checkpoint of the run, written by any number of ranks, and returns where the
+    run stands. --init_from: weights, optimizer and data position of another run, the rest anew."""
     own = checkpoints(cfg.output) if cfg.resume else []
     if cfg.resume and not own and dist.get_rank() == 0:
         print(f"--resume: {cfg.output} holds no checkpoint, so the run starts at step 0")
@@ -1079,9 +1074,8 @@ def restore(cfg, policy, optimizer, progress):
 
 
 def export_model(folder, policy, model_folder):
-    """Writes a Hugging Face folder. Every tensor has the dtype in which it was loaded. The rest are
-    the source's own files, because older transformers, and engines that build on them, misread
-    those that this version writes (rope_theta)."""
+    """Writes a Hugging Face folder: tensors in the dtypes in which they were loaded, and the source's
+    own files, because engines on older transformers misread those of this version (rope_theta)."""
     options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = dcp_state.get_model_state_dict(policy, options=options)      # on rank 0; else empty
     if dist.get_rank() == 0:
@@ -1092,8 +1086,7 @@ def export_model(folder, policy, model_folder):
                 name: x.to(policy.dtypes[name]) for name, _ in named
                 if (x := state.get(f"model.{name}")) is not None})
         (folder / "generation_config.json").unlink(missing_ok=True)      # ours is that of rollouts
-        # Where only a part of the source is trained, say its text model, this part needs the
-        # configuration that save_pretrained wrote.
+        # Where only a part of the source is trained, its text model, save_pretrained's file is right.
         part = AutoConfig.from_pretrained(model_folder).model_type != model.config.model_type
         for file in model_folder.iterdir():
             if (re.search(r"(?<!index)\.(json|jinja|model|txt|tiktoken)$", file.name)
@@ -1109,15 +1102,14 @@ def export_model(folder, policy, model_folder):
 
 
 def load_tokenizer(name, template_kwargs):
-    """A chat model's tokenizer, its context in tokens and the folder of its files. InputError on
-    whatever can be refused before weights are read."""
+    """A chat model's tokenizer, its context in tokens and the folder of its files. InputError if it
+    cannot be trained, before weights are read."""
     with one_line(f"--model {name} cannot be used, hub id or folder (RUN/model)", Exception):
         config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
         model_folder = Path(transformers.utils.cached_file(name, "config.json")).parent
         if (model_folder / "tokenizer.json").exists():   # some other classes split text otherwise
             tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
-        # Many templates print the day. A new day would tell student from teacher, and a resumed
-        # run from its first half, so the day is always the same.
+        # Many templates print the day. It is fixed, or a resumed run would differ from its start.
         tokenizer.chat_template = ("{% macro strftime_now(format) %}01 Jan 2026{% endmacro %}"
                                    + tokenizer.get_chat_template())
         with torch.device("meta"):                       # all layers, without memory
@@ -1149,8 +1141,8 @@ def load_tokenizer(name, template_kwargs):
 
 
 def only_lm_head(model):
-    """Whether a model's logits are lm_head(hidden) and no more, as Policy.forward computes them.
-    The model is asked with a small head, and with random hidden states instead of its layers."""
+    """Whether a model's logits are lm_head(hidden) and no more, as Policy.forward computes them. It
+    is asked with a small head and random hidden states in place of its layers."""
     class Output(tuple):                                 # of the layers; models ask it for more
         def __getattr__(self, name):
             return self[0] if name == "last_hidden_state" else None
@@ -1165,7 +1157,7 @@ def only_lm_head(model):
 def load_policy(name, dtype, tokenizer):
     """A Policy on the CPU, whole, in eval mode; dtype "auto" is the checkpoint's own."""
     with one_line(f"--model {name} cannot be loaded", SafetensorError):
-        # Some decoder layers apply a dropout rate of the configuration themselves (Falcon).
+        # Dropout rates become 0: some decoder layers apply them on their own (Falcon).
         rates = {key: 0.0 for key, value in vars(AutoConfig.from_pretrained(name)).items()
                  if "drop" in key and isinstance(value, float)}
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -1186,8 +1178,7 @@ def build(cfg, tokenizer, device):
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
     auto = "bfloat16" if device.type == "cuda" else "float32"
     shard(policy, getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype), device, cfg.offload)
-    # our choice: verl's betas and weight decay. fused, because AdamW's default is its slowest form
-    # on the split parameters of FSDP
+    # our choice: verl's betas and weight decay; fused, as the default is slowest on FSDP's tensors
     return policy, torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.999),
                                      weight_decay=cfg.weight_decay, fused=True)
 
@@ -1198,8 +1189,8 @@ FREE = {"resume", "steps", "output", "save_every", "export_every", "eval_every",
 
 
 def open_run(cfg, data):
-    """Writes config.json. InputError instead of mixing two runs in one folder, or of replacing a
-    model that no run made. A start that failed leaves neither metrics nor a model behind."""
+    """Writes config.json. InputError where two runs would mix in one folder, or where a model would
+    be replaced. A start that failed leaves neither metrics nor a model behind."""
     folder = Path(cfg.output)
     digest = hashlib.sha256(json.dumps(data).encode()).hexdigest()       # of prompts and solutions
     flags = dataclasses.asdict(cfg) | {"data": digest}
@@ -1215,6 +1206,7 @@ def open_run(cfg, data):
         raise InputError(f"--init_from {cfg.init_from} holds no checkpoint")
     all_gather(None)                                     # every rank has read the old config.json
     if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "config.json", json.dumps({
             "flags": flags, "source": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
             "torch": torch.__version__, "transformers": transformers.__version__,
@@ -1226,11 +1218,8 @@ def open_run(cfg, data):
 
 
 def prepare(cfg, world):
-    """Everything that can be wrong and is cheap to find out, before any weights are loaded.
-
-    Returns the tokenizer, the folder of the model's files, the most tokens of a teacher's prompt,
-    and the training and held-out problems, each with the ids of its student's "prompt".
-    """
+    """Checks whatever can be wrong before any weights are loaded. Returns the tokenizer, the folder
+    of the model's files, the most tokens of a teacher's prompt, training and held-out problems."""
     if cfg.problems_per_step % (world * cfg.updates_per_batch):
         raise InputError(f"--problems_per_step {cfg.problems_per_step} must be a multiple of ranks "
                          f"({world}) x --updates_per_batch ({cfg.updates_per_batch})")
@@ -1380,8 +1369,7 @@ def finish(cfg, policy, tokenizer, held_out, model_folder):
 
 def main(program, kind=Config):
     """The command line of `program`, a function of a `kind` of configuration. An InputError costs
-    one line and exit code 2; other errors keep their traceback. Rank 0 locks the output folder
-    until its process ends, in whatever way."""
+    one line and exit code 2. Rank 0 locks the output folder until its process ends in any way."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
