@@ -53,11 +53,13 @@ import statistics
 import sys
 import threading
 import time
+import unicodedata
 import warnings
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Literal
 
+os.environ.setdefault("SYMPY_GROUND_TYPES", "python")    # gmpy2 would abort on too big a number
 import datasets
 import filelock
 import jinja2
@@ -68,6 +70,7 @@ import torch.nn.functional as F
 import transformers
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
+from math_verify.errors import TimeoutException
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed import fsdp
@@ -88,8 +91,7 @@ def group_advantages(rewards, group_size):
     groups = rewards.view(-1, group_size)                                            # (B, G)
     groups = groups - groups[:, :1]      # equal rewards become exact zeros; their mean may round
     centred = groups - groups.mean(1, keepdim=True)
-    # our choice: the unbiased standard deviation + 1e-6
-    return (centred / (groups.std(1, keepdim=True) + 1e-6)).view(-1)
+    return (centred / (groups.std(1, keepdim=True) + 1e-6)).view(-1)     # our choice: unbiased std
 
 
 def phi(u):
@@ -292,8 +294,8 @@ def is_correct(response, answer):
     gold, box = answer.strip(), (extract_boxed(response) or "").strip()      # section 7
     if not 0 < len(box) <= max(300, 2 * len(gold)):      # longer is no answer, but slow to parse
         return False
-    if gold.isdecimal() and box.isdecimal():             # all of DAPO-Math and AIME
-        return int(gold) == int(box)
+    if re.fullmatch("[0-9]+", gold) and re.fullmatch("[0-9]+", box):     # all of DAPO-Math, AIME
+        return gold.lstrip("0") == box.lstrip("0")
     return same_value(gold, box)                         # LaTeX, by math-verify: section 7
 
 
@@ -331,8 +333,7 @@ class Policy(nn.Module):
     def __init__(self, model, eos_ids):
         super().__init__()
         self.model, self.eos_ids = model.eval(), sorted(eos_ids)
-        # The checkpoint's own top_k, penalties and so on would distort the rollouts.
-        model.generation_config = GenerationConfig()
+        model.generation_config = GenerationConfig()     # none of the checkpoint's top_k, penalties
         # anchor.device is where we compute. With --offload the parameters lie in host memory.
         self.register_buffer("anchor", torch.empty(0, device=model.device), persistent=False)
 
@@ -378,9 +379,9 @@ def all_gather(value):
 def as_many_everywhere(batches):
     """Appends empty batches, up to the number of batches of the rank that has most.
 
-    In every forward pass of a sharded model all ranks communicate, so each rank must run as many
-    passes as the others. A rank without work is idle: `pack` makes one row without response tokens
-    out of an empty batch, whose log-probabilities are (1, 1) and whose loss is 0.
+    In a forward pass of a sharded model all ranks communicate, so each must run as many passes as
+    the others. A rank without work is idle: `pack` makes one row without response tokens out of an
+    empty batch; its log-probabilities are (1, 1), and its loss is 0.
     """
     return batches + [[]] * (max(all_gather(len(batches))) - len(batches))
 
@@ -480,10 +481,9 @@ def decode(policy, prompts, group_size, max_tokens, stride, settings):
 
 def roll_out(policy, tokenizer, problems, group_size, sampler="generate", **settings):
     """`group_size` graded responses to each problem, groups consecutive; settings: of `sample`."""
-    sharded = sampler == "sharded"
+    prompts, sharded = [p["prompt"] for p in problems], sampler == "sharded"
     with nullcontext() if sharded else gathered(policy):         # gathered: whole on every rank
-        responses = sample(policy, [p["prompt"] for p in problems], group_size, sharded=sharded,
-                           **settings)
+        responses = sample(policy, prompts, group_size, sharded=sharded, **settings)
     # The text lacks special tokens, but keeps <think> and </think>, which some tokenizers call so.
     special = {i for i, token in tokenizer.added_tokens_decoder.items()
                if token.special and token.content not in ("<think>", "</think>")}
@@ -655,8 +655,6 @@ def one_line(what, *errors):
     type is a mistake in the program, or in a fork of it, and keeps its traceback."""
     try:
         yield
-    except InputError:
-        raise
     except (OSError, ValueError, *errors) as error:
         raise InputError(f"{what}: {' '.join(str(error).split())[:300]}") from error
 
@@ -775,130 +773,144 @@ def extract_boxed(text):
 
 
 LATEX = [LatexExtractionConfig(normalization_config=NormalizationConfig(
-    basic_latex=True, malformed_operators=True, nits=True, boxed="none"))]
-# what would keep a computer algebra system busy: towers of powers, big exponents and factorials,
-# sums; and what it misreads: ratios, and digits in another base
-REFUSED = re.compile(r"\^\W*\w*\W*\^|\^[^^]*[)}]\s*\^|\^\W*\d{4}|\)\s*\^\W*\d{3}|\d{60}"
-                     r"|\d{4}\W*!|!\W*!|\d_|[?:]|binom\D*\d{4}|(?:[({\[][^)}\]]*){12}"
-                     r"|\\(?:sum|prod|i*nt|lim)(?![a-z])")
+    malformed_operators=True, nits=True, boxed="none"))]
+# what keeps sympy busy (towers, sums, factorials of no small literal), and what it misreads (3:4)
+REFUSED = re.compile(r"\^\W*\w*\W*\^|\^[^^]*[)}]\s*\^|\^\W*\d{4}|\)\s*\^\W*\d{3}|\d{60}|\d_|[?:]"
+                     r"|(?:\d{4}|[^\w) ]|\^\w+|\)[^(]*\)|\([^()]*(?:\d\d|[^\w+-])[^()]*\))\s*!"
+                     r"|\^\{[^}]*!|!\s*[!^]|choose|binom(?!(?:\s*\{[\w +-]{1,5}\}){2})|binom.*\d{4}"
+                     r"|(?:[({\[][^)}\]]*){12}|\\(?:sum|prod|i*nt|lim)(?![a-z])")
+# what may follow a number and is no unit: numerals anywhere; comparisons and symbols in front
+NO_UNIT = (r"(?![^{}]*\b(?:one|two|three|four|fi[fv]|six|seven|eigh|nine|nint|ten|eleven|twel|twen"
+           r"|thir|fort[iy]|\w+illion|\w+teen|hundred|thousand|hal[fv]|quarter|dozen|lakh|crore"
+           r"|gross|mod\b))(?!\W*(?:not|is|are|if|and|than|to|at|less|more|over|times|plus|minus"
+           r"|squared|cubed|factorial|pi|[bm]n|[^\WmgshlJNWVAKCFHL])\b)")
 SPELLINGS = [(re.compile(pattern), replacement) for pattern, replacement in (
-    # marks without a value go; words, matrices and their rows get one spelling
-    ("[−–]", "-"), ("[·×]", r"\\times "), ("√", r"\\sqrt "), ("[;&]", ","),
-    (r"\\begin\{\w*matrix\}", "("), (r"\\end\{\w*matrix\}", ")"), (r"\\\\(?:\[\w+\])?", ",row,"),
-    (r"\\(?:left|right|displaystyle|boldsymbol)(?![a-z])|\\[{}]|\\?\$|\*\*|\^\{?\\circ\}?|°", ""),
+    # every sign gets its LaTeX name, marks without a value go, words and lists get one spelling
+    ("[⁻⁰¹²³⁴-⁹]+", lambda m: "^{" + unicodedata.normalize("NFKC", m[0]) + "}"), ("[−–]", "-"),
+    ("[¼-¾⅐-⅞]", lambda m: r"\frac{%s}{%s}" % (*unicodedata.normalize("NFKC", m[0]).split("⁄"),)),
+    (r"[！-～\s]", lambda m: unicodedata.normalize("NFKC", m[0])), ("[·×]", r"\\times "),
+    ("√", r"\\sqrt "), ("∞", r"\\infty "), ("∈", r"\\in "), (r"(?<=[a-z]) ?! ?=", r"\\ne "),
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|boldsymbol|[lL]arge|color\{\w+\})(?![a-z])"
+     r"|\\[{}]|\\?\$|\*\*|\^\{?(?:\\circ|°)\}?|°", ""), (r"\\\\(?:\[\w+\])?", ",row,"),
+    (r"\\begin\{\w*matrix\}", "("), (r"\\end\{\w*matrix\}", ")"), ("[、;&]", ","),
     (r"\\(?:text|math|mbox|operatorname)(?!bb|cal)[a-z]*\s*\{", r"\\text{"),
-    # 3{,}159 and 3\,159 and 3 159 and 3,159, but not (3,159), are one number; then units
+    (r"[\s,]*(?:\\text\{,?\s*(?:or|and)\s*\}|\b(?:or|and)\b)", ","),
+    # 3{,}159 and 3 159 and 3,159, but not (3,159), are one number; units go; 1 3/4, 4.5e33, .5, x'
     (r"(?<=\d)(?:\{,\}|,?\s*\\!\s*|\\,|[ ~])(?=\d{3}(?!\d))", ""), (r"\\[,:;!> ]|~|\s+", " "),
     (r"(?<![\d,.([{])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", "")),
-    (r"[\s,]*(?:\\text\{,?\s*(?:or|and)\s*\}|\b(?:or|and)\b)", ","),
-    (r"(?<=[\w)}.])(?:[\s/]*\\text\{\s*(?!\w*illion|thousand|hundred|dozen|not|is|or|[eidxyzn]\s*"
-     r"\})[A-Za-z][^{}\d,?=+-]{0,30}\}(?:\^\{?-?\d\}?)?)+", ""),
-    (r"\\text\{([^{}]*)\}", r" \1 "), (r"_(\w)", r"_{\1}"), (r"(?<=\d) +(?=\d)", ","),
-    # 4.5e33, decimals as fractions, sqrt(2), arctan, x'
-    (r"(?<=\d)\.0*(?!\d)", ""), (r"^\w* *\\approx", ""), (r"^[({]+([^(),{}]*)[)}]+$", r"\1"),
+    (rf"(?<=[\w)}}.%])(?:[\s/]*\\text\{{\s*{NO_UNIT}[A-Za-z][^{{}}\d,?=<>+-]{{0,30}}\}}"
+     r"(?:\^\{?-?\d\}?)?)+", ""), (r"\\text\{([^{}]*)\}", r" \1 "), (r"\((\w+)\)_", r"\1_"),
+    (rf"(?<=[\d}}])(?: *(?:[kcm]m|kg|m[gl])| {NO_UNIT}(?:cups?|days?|[a-z]{{4,}})(?: [a-z]+)*"
+     r"| *(?!分之|.方$)(?:(?![万亿千百十半打以多余或至不的])[一-龥])+) *$", ""), (r"_(\w)", r"_{\1}"),
+    (r"(\d) +(\d+)/(\d+)", r"\1\\frac{\2}{\3}"), (r"([^,]*)\\pm([^,]*)", r"\1+\2,\1-\2"),
+    (r"^(?:\\\w+|[a-z]) *\\in\b|^\w* *\\approx|(?<=\d)\.0*(?!\d)", ""), (r"(?<=\d) +(?=\d)", ","),
     (r"(?<=\d)\s*(?:[eE]\+?|x\s*10\^)\{?(-?\d+)\}?", r" \\times 10^{\1}"),
     (r"(?<![\d.])(\d*)\.(\d+)", lambda m: rf"\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}}"),
-    (r"(?:np\.)?(?<![\\a-z])(arc[a-z]+|sqrt|pi)(?![a-z])", r"\\\1"),
-    (r"\\sqrt\s*\(?(\d+)\)?", r"\\sqrt{\1}"),
-    (r"([A-Za-z])(?:'|\^\{?\s*\\prime\s*\}?)", r"\1_{1}"), (r"([^,]*)\\pm([^,]*)", r"\1+\2,\1-\2"))]
+    (r"(?:np\.)?(?<![\\a-z])(arc\w+|exp|pi)\b", r"\\\1"), (r"\\?sqrt\s*\(?(\d+)\)?", r"\\sqrt{\1}"),
+    (r"([A-Za-z])(?:'|\^\{?\s*\\prime\s*\}?)", r"\1_{1}"), (r"^[({]+([^(),{}]*)[)}]+$", r"\1"))]
 
 
 def same_value(gold, box):
-    """Whether two LaTeX answers mean the same, by math-verify behind our own rewrite rules.
-
-    Both are rewritten by SPELLINGS, and labels that only the box has are dropped. Equal text is
-    right then, words compare as words, and what math-verify would be lax about (the count of a
-    list, the kind of its brackets, capitals) is compared here. It decides the rest.
-    """
+    """Whether two LaTeX answers mean the same, by math-verify behind our own rewrite rules and
+    guards: it is lax about words, capitals, the count of a list and the kind of its brackets."""
     decimal = re.search(r"\.\d*[1-9]|\d[eE][+-]?\d", gold)            # known to some digits only
     for pattern, replacement in SPELLINGS:
         gold, box = (pattern.sub(replacement, text).strip().rstrip(".") for text in (gold, box))
-    if "=" not in gold:                                  # labels: x = 4, m + n = 204, x \in [2, 3]
-        box = re.sub(r"(?:^|(?<=,))(?:\([a-z, ]*\)\s*|[^,]*)(?:=|\\in\b)", "", box)
-    if gold.replace(" ", "") == box.replace(" ", ""):
-        return True
-    words = [re.sub(r"[\s()]", "", text).casefold() for text in (gold, box)]
-    if re.fullmatch(r"[a-z]{2,}", words[0]):
+    if "=" in gold and "=" not in box:                   # P(x) = x^2, (x, y) = (1, 2)
+        gold = re.sub(r"^(?:(?:\\\w+|[A-Za-z])(?:[_^]\{[^{}]*\})?)?(?:\([a-z, ]*\))? *=", "", gold)
+    elif "=" not in gold and not re.search(r"[<>!≠≤≥]|\\(?:not|n?[lg]?eq?)(?![a-z])", box):
+        box = re.sub(r"(?:^|(?<=,))(?:\([a-z, ]*\)\s*|[^,]*)=", "", box)         # m + n = 204
+    plain = [text.replace(" ", "") for text in (gold, box)]
+    words = [text.strip("()").casefold() for text in plain]
+    if plain[0] == plain[1] or re.fullmatch(r"[a-z]{2,}", words[0]):
         return words[0] == words[1]
-    shapes = [(text.count(","), text[0] in "([" and text[0] + text[-1]) for text in (gold, box)]
-    relation = re.search(r"[<>]|\\[gl]eq?(?![a-z])|\\cup", gold + box)
-    capitals = [{*re.findall("[A-Z]", text)} for text in (gold, box)]    # K is not k
-    if (REFUSED.search(gold) or REFUSED.search(box) or capitals[0] != capitals[1]
-            or not relation and "," in gold + box and shapes[0] != shapes[1]):
+    relation = re.search(r"[<>≤≥]|\\[gl]eq?(?![a-z])|\\cup", gold + box)
+    shapes = [(not relation and "," in text and (text.count(","), re.findall(r"^[([]|[])]$", text)),
+               {*re.findall("[A-Z]", text)}) for text in (gold, box)]                # K is not k
+    if shapes[0] != shapes[1] or REFUSED.search(gold) or REFUSED.search(box):
         return False
-    # math-verify's limit, in seconds, is an alarm signal, which only the main thread may set
+    if decimal and not re.search(r"[,=]|(?<![\\A-Za-z])[A-Za-z]", gold):
+        # within 1e-4: the relative error is then below 5e-13, which 12 digits round to 0
+        percent = "/100" if decimal.string.startswith(("0.", ".")) else ""
+        gold, box = "0.0", re.sub(r"\\?%", percent, rf"(\frac{{{box}}}{{{gold}}}-1)/200000000")
     limit = 5 if threading.current_thread() is threading.main_thread() else None
-    gold, box = (parse(f"${text}$", LATEX, "no_fallback", parsing_timeout=limit)
-                 for text in (gold, box))
-    if decimal and gold[0].is_number:
-        return bool(abs(gold[0] - box[0]) <= 1e-4 * abs(gold[0]))
-    return verify(gold, box, float_rounding=12, allow_set_relation_comp=True, timeout_seconds=limit)
+    try:                                                 # the limit is an alarm: main thread only
+        gold, box = (parse(f"${text}$", LATEX, "no_fallback", parsing_timeout=limit)
+                     for text in (gold, box))
+        return verify(gold, box, 12, 60, allow_set_relation_comp=True, timeout_seconds=limit)
+    except (ArithmeticError, ValueError, RecursionError, TimeoutException):
+        return False                                     # what the libraries raise is no answer
 
 
 def load_problems(path, split=None, limit=None, config=None):
     """Problems from a .jsonl, .json or .parquet file, or from a hub data set `id:config:split`.
 
     Returns a list of {"id": row number, "problem": str, "answer": str, "solution": str or None};
-    rows with the same problem are merged, the first one stays. Columns recognised:
-    problem | question | prompt (text or chat messages); answer | final_answer |
-    reward_model.ground_truth | Answer; solution. InputError on a row of a file without problem or
-    answer; such rows of a hub set are skipped and counted.
+    of rows with the same problem the first. Columns: problem | question | prompt (text or chat);
+    answer | final_answer | reward_model.ground_truth | Answer; solution. A file's row without
+    problem or answer is an InputError, a hub set's is skipped, and so is an answer for no box.
     """
-    problems, skipped, row = {}, 0, {}
-    with one_line(f"cannot load the data set {path}"):
-        for number, row in enumerate(read_rows(path, split, config)):
-            if not isinstance(row, dict):
-                raise ValueError(f"row {number + 1} is not an object with named fields")
-            problem = read_problem(row)
-            if problem["problem"] and problem["answer"]:
-                problems.setdefault(problem["problem"], {"id": number, **problem})
-            elif Path(path).is_file():
-                raise ValueError(f"row {number + 1} has no problem or no answer; its columns are "
-                                 + ", ".join(row))
-            else:
-                skipped += 1
-            if len(problems) == limit:
-                break
-        if not problems:
-            raise ValueError(f"no problem with an answer in it; its columns are {', '.join(row)}")
-    if skipped:
-        tqdm.write(f"{path}: {skipped} rows without a problem or an answer were skipped")
+    problems, skipped, chats, row = {}, 0, 0, {}
+    rows, quiet = read_rows(path, split, config), os.environ.get("RANK", "0") != "0"
+    for number, row in enumerate(tqdm(rows, path, delay=5, disable=quiet)):      # a sign of life
+        if not isinstance(row, dict):
+            raise InputError(f"{path}: row {number + 1} is not an object with named fields")
+        problem = read_problem(row)
+        if problem["problem"] and problem["answer"]:
+            problems.setdefault(problem["problem"], {"id": number, **problem})
+            chats += isinstance(row.get("prompt"), list) and len(row["prompt"]) > 1
+        elif Path(path).is_file() and problem["answer"] is not None:
+            raise InputError(f"{path}: no problem or answer in row {number + 1}: {', '.join(row)}")
+        else:
+            skipped += 1
+        if len(problems) == limit:
+            break
+    if not problems:
+        raise InputError(f"{path}: no problem with an answer; its columns are {', '.join(row)}")
+    if (skipped or chats) and not quiet:
+        tqdm.write(f"{path}: {skipped} rows without answer skipped, {chats} chats cut to one turn")
     return list(problems.values())
 
 
 def read_rows(path, split, config):
     """The raw rows. JSON is read here: errors name the line, and a column may mix types."""
-    if path.endswith(".jsonl"):
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    with one_line(f"line {number} is not JSON"):
-                        row = json.loads(line)
-                    yield row
-    elif path.endswith(".json"):
-        yield from json.loads(Path(path).read_bytes())
-    elif path.endswith(".parquet"):
-        yield from datasets.load_dataset("parquet", data_files=path, split="train")
-    else:
-        name, *own = path.split(":")
-        config, split = [*own, *(config, split)[len(own):]][:2]
-        rows = datasets.load_dataset(name, config or None, split=split or None)
-        yield from rows if split else rows.get("test") or next(iter(rows.values()))
+    with one_line(f"cannot load the data set {path}", RuntimeError, EOFError,
+                  datasets.exceptions.DatasetsError):
+        if path.endswith(".jsonl"):
+            with open(path, "rb") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        with one_line(f"line {number} is not JSON"):
+                            row = json.loads(line)
+                        yield row
+        elif path.endswith(".json"):
+            rows = json.loads(Path(path).read_bytes())
+            yield from rows if isinstance(rows, list) else [rows]
+        elif path.endswith(".parquet"):
+            yield from datasets.load_dataset("parquet", data_files=path, split="train")
+        else:
+            name, *own = path.split(":")
+            config, split = [*own, *(config, split)[len(own):]][:2]
+            rows = datasets.load_dataset(name, config or None, split=split or None)
+            yield from rows if split else rows.get("test") or next(iter(rows.values()))
 
 
 def read_problem(row):
     """A row of any known schema -> {"problem", "answer", "solution"}, "" where it has none."""
     def text(value):     # of chat messages the user's last turn; of a list its items, with commas
-        if isinstance(value, dict):                      # {"type": "text", "text": ...}
-            value = value.get("text")
         if isinstance(value, str) and value.startswith('["'):
             with suppress(ValueError):                   # Skywork-OR1 writes a list as JSON
                 value = json.loads(value)
         if isinstance(value, list):
             turns = [turn.get("content") for turn in value
                      if isinstance(turn, dict) and turn.get("role") == "user"]
-            return text(turns[-1]) if turns else ", ".join(map(text, value))
-        return "" if value is None or value != value else str(value).strip()     # NaN is not NaN
+            return text(turns[-1]) if turns else ", ".join(filter(None, map(text, value)))
+        if isinstance(value, dict):                      # {"type": "text", "text": ...}
+            value = value.get("text")
+        value = "" if value is None or value != value else str(value)            # NaN is not NaN
+        # "\frac" with one backslash is a form feed and "rac" in JSON: give the backslash back
+        return re.sub(r"[\a\x08\v\f](?=[a-z])|\t(?=imes|ext|heta|frac)|\n(?=eq [^(])|\r(?=ight)",
+                       lambda m: "\\" + "abtnvfr"[ord(m[0]) - 7], value).strip()
 
     def cell(*keys):
         return next(filter(None, (text(row.get(key)) for key in keys)), "")
@@ -912,22 +924,24 @@ def read_problem(row):
     if "\n####" in solution:                             # it also has calculator notes <<1+1=2>>
         work, final = re.sub(r"<<[^<>]*>>", "", solution).rsplit("\n####", 1)
         solution = f"{work.strip()}\nThe answer is \\boxed{{{final.strip()}}}."
-    # raw DAPO-Math asks for "Answer:", our reward for a box
+    # raw DAPO-Math asks for "Answer:", verl's GSM8K for "####", our reward for a box
     problem = re.sub(r"^Solve the following math problem step by step\. The last line [^\n]*\n\n|"
-                     r'\n\nRemember to put your answer on its own line after "Answer:".$', "",
-                     problem)
+                     r"\s+(?:Remember to put your answer|Let's think step|Please reason step)[^\n]*"
+                     r"(?:Answer:|####|\\boxed)[^\n]*$", "", problem)
+    boxless = re.fullmatch(r'(?is)proof|not ?found|n/a|assert\b.*|[{[]+\s*".*', answer)   # programs
     # DAPO-Math's "solution" only repeats the answer: nothing that a teacher could read
-    return {"problem": problem, "answer": answer,
+    return {"problem": problem, "answer": None if boxless else answer,
             "solution": solution if solution and solution != answer else None}
 
 
 def next_problems(problems, position, count, seed):
     """`count` problems from `position` on; the order is a function of (seed, epoch) alone."""
     batch = []
-    for p in range(position, position + count):
-        epoch, place = divmod(p, len(problems))
-        shuffle = torch.Generator().manual_seed(seed * 100_003 + epoch)
-        batch.append(problems[int(torch.randperm(len(problems), generator=shuffle)[place])])
+    while len(batch) < count:
+        epoch, place = divmod(position + len(batch), len(problems))
+        shuffle = torch.Generator().manual_seed((seed * 100_003 + epoch) % 2**63)
+        order = torch.randperm(len(problems), generator=shuffle)[place:place + count - len(batch)]
+        batch += [problems[i] for i in order]
     return batch
 
 
@@ -1074,8 +1088,8 @@ def restore(cfg, policy, optimizer, progress):
 
 
 def export_model(folder, policy, model_folder):
-    """Writes a Hugging Face folder: tensors in the dtypes in which they were loaded, and the source's
-    own files, because engines on older transformers misread those of this version (rope_theta)."""
+    """Writes a Hugging Face folder: tensors in the dtypes that they came in, and the source's own
+    files, because engines on older transformers misread those of this version (rope_theta)."""
     options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = dcp_state.get_model_state_dict(policy, options=options)      # on rank 0; else empty
     if dist.get_rank() == 0:
@@ -1086,7 +1100,7 @@ def export_model(folder, policy, model_folder):
                 name: x.to(policy.dtypes[name]) for name, _ in named
                 if (x := state.get(f"model.{name}")) is not None})
         (folder / "generation_config.json").unlink(missing_ok=True)      # ours is that of rollouts
-        # Where only a part of the source is trained, its text model, save_pretrained's file is right.
+        # Where only the text model of a source is trained, save_pretrained's config.json is right.
         part = AutoConfig.from_pretrained(model_folder).model_type != model.config.model_type
         for file in model_folder.iterdir():
             if (re.search(r"(?<!index)\.(json|jinja|model|txt|tiktoken)$", file.name)
