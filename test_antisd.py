@@ -9,18 +9,22 @@ import ast
 import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
 import os
 import random
 import re
+import resource
+import shutil
 import signal
 import socket
 import statistics
 import subprocess
 import sys
 import time
+import types
 import weakref
 from pathlib import Path
 
@@ -30,10 +34,12 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""                  # the claims are exact 
 
 import datasets
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.distributed.checkpoint import state_dict as dcp_state
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (AutoConfig, AutoModelForCausalLM, GenerationConfig,
                           PreTrainedTokenizerFast)
@@ -90,7 +96,13 @@ ARCHITECTURES = {
     "lfm2": dict(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
     "falcon": dict(num_kv_heads=1, attention_dropout=0.1, hidden_dropout=0.1, alibi=False),
     "gpt2": dict(n_embd=32, n_layer=2, n_head=2, n_positions=512),
+    "phi": {},
+    "deepseek_v3": dict(num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+                        topk_group=1, moe_intermediate_size=16, first_k_dense_replace=1,
+                        kv_lora_rank=8, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
+                        v_head_dim=16),
 }
+TRAINED = [kind for kind in ARCHITECTURES if kind not in ("phi", "deepseek_v3")]     # on two ranks
 
 
 def tiny(kind="qwen3", seed=0, **settings):
@@ -105,9 +117,9 @@ def tiny(kind="qwen3", seed=0, **settings):
         AutoConfig.for_model(kind, **common | ARCHITECTURES[kind] | settings)).eval()
 
 
-def save(model, folder):
+def save(model, folder, tokenizer=TOKENIZER):
     model.save_pretrained(folder)
-    TOKENIZER.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return str(folder)
 
 
@@ -149,7 +161,7 @@ def refuse(call, *fragments):
 def root(tmp_path_factory):
     """A folder with a saved model per architecture and train.jsonl, shared by all tests."""
     folder = tmp_path_factory.mktemp("root")
-    for kind in ARCHITECTURES:
+    for kind in TRAINED:
         save(tiny(kind), folder / kind)
     write(folder / "train.jsonl", [
         {"problem": f"a n{i} b" + " c" * (i % 4), "answer": str(i % 2),
@@ -160,7 +172,8 @@ def root(tmp_path_factory):
 def config(root, **flags):
     """Small enough for a test; everything else is the default."""
     small = dict(model=str(root / "qwen3"), dataset=str(root / "train.jsonl"), max_tokens=12,
-                 problems_per_step=4, group_size=2, steps=1, lr=1e-3, save_every=0)
+                 problems_per_step=4, group_size=2, steps=1, lr=1e-3, save_every=0,
+                 gradient_checkpointing=False)
     return antisd.Config(**small | flags)
 
 
@@ -170,9 +183,15 @@ def run(root, output, **flags):
     return read(Path(output) / "metrics.jsonl")
 
 
+def strip(rows):
+    """Without what a clock or the machine decides."""
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "peak_memory_gib")
+             and not k.startswith("seconds")} for row in rows]
+
+
 def weights(folder):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    return {name: value.clone() for name, value in model.state_dict().items()}
+    return {name: value.clone() for name, value in AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto").state_dict().items()}
 
 
 def same(a, b):
@@ -247,37 +266,18 @@ def test_phi_table_slope_bound_and_no_overflow():
         torch.testing.assert_close(values, expected, rtol=8e-3, atol=1e-3)
 
 
-def test_group_advantages_by_hand():
+def test_group_advantages_by_hand_and_what_token_advantages_add():
     """Consecutive groups, unbiased std: a lone success of four has (1 - 1/4) / (1/2) = 1.5."""
     rewards = torch.tensor([1.0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0])
     r = math.sqrt(3) / 2
     expected = torch.tensor([1.5, -.5, -.5, -.5, -1.5, .5, .5, .5, r, r, -r, -r])
     torch.testing.assert_close(antisd.group_advantages(rewards, 4), expected, rtol=1e-5, atol=0)
-
-
-def test_an_equal_group_has_exactly_zero_advantage_and_keeps_the_antisd_term():
     rewards = torch.tensor([.11] * 3 + [.88] * 3 + [1.] * 3 + [0.] * 3)  # .11's mean is inexact
-    a_seq = antisd.group_advantages(rewards, 3)
-    assert a_seq.tolist() == [0.0] * 12
-    u = torch.randn(12, 5)
-    assert torch.equal(antisd.token_advantages(a_seq, u, 0.5), -0.5 * antisd.phi(u))
-
-
-@pytest.mark.parametrize("method, delta", [
-    ("grpo", lambda u: 0.0),
-    ("sd", lambda u: u),
-    ("sd_jsd", lambda u: (math.log(1 + math.exp(u)) - LOG2) / 2),
-    ("antisd", lambda u: -(math.log(1 + math.exp(u)) - LOG2) / 2),
-    ("antisd_kl", lambda u: -u),
-    ("no_teacher", lambda u: -(math.log(1 + math.exp(u)) - LOG2) / 2)])
-def test_every_arm_by_hand_and_without_gradient(method, delta):
-    u = torch.tensor([[-2.0, 0, 3], [1, -1, 4]], requires_grad=True)
-    a_seq = torch.tensor([2.0, -1.5], requires_grad=True)
-    for compose, mix in ("add", lambda a, d: a + 0.3 * d), ("mul", lambda a, d: a * (1 + 0.3 * d)):
-        expected = [[mix(a, delta(x)) for x in row] for a, row in zip(a_seq.tolist(), u.tolist())]
-        found = antisd.token_advantages(a_seq, u, 0.3, method, compose)
-        torch.testing.assert_close(found, torch.tensor(expected))
-        assert not found.requires_grad
+    a_seq = antisd.group_advantages(rewards, 3).requires_grad_()
+    assert a_seq.tolist() == [0.0] * 12                  # exactly; AntiSD's term still acts
+    u = torch.randn(12, 5, requires_grad=True)
+    added = antisd.token_advantages(a_seq, u, 0.5)
+    assert torch.equal(added, -0.5 * antisd.phi(u)) and not added.requires_grad
 
 
 def test_the_arms_are_these_six_and_the_gate_is_antisds_alone():
@@ -303,21 +303,15 @@ def test_gate_follows_the_script_with_equality_at_both_thresholds_and_through_js
         assert [second.update(h) for h, _ in SCRIPT[cut:]] == [g for _, g in SCRIPT[cut:]]
 
 
-def test_h_warm_is_the_median_of_the_steps_and_exists_after_the_last_of_them():
+def test_h_warm_exists_after_the_last_warm_up_step_and_without_tau_down_no_gate_shuts():
     gate = antisd.EntropyGate()
     for h in (9.0, 1.0, 2.0, 8.0):
         assert gate.update(h) == 0 and gate.h_warm is None
     assert gate.update(3.0) == 0 and gate.h_warm == 3.0
     assert gate.update(0.93 * 3.0) == 1 and gate.update(2.78) == 0    # the default ratio
-    even = antisd.EntropyGate(2)
-    even.update(1.0), even.update(4.0)
-    assert even.h_warm == 2.5
-
-
-@pytest.mark.parametrize("warmup", [0, 1])
-def test_tau_down_zero_never_shuts(warmup):
-    gate = antisd.EntropyGate(warmup, 0)
-    assert [gate.update(h) for h in (1.0, 0.0, 1e-9, 0.0)] == [1 - warmup, 1, 1, 1]
+    for warmup in 0, 1:
+        gate = antisd.EntropyGate(warmup, 0)
+        assert [gate.update(h) for h in (1.0, 0.0, 1e-9, 0.0)] == [1 - warmup, 1, 1, 1]
 
 
 # --- The loss ------------------------------------------------------------------------------------
@@ -336,27 +330,6 @@ def test_clip_binds_on_the_side_that_would_overshoot(advantage, ratio, counts):
     assert old.grad is None
     wide = antisd.policy_loss(logp, old, torch.tensor([[advantage]]), torch.ones(1, 1), 4, clip=0.6)
     assert wide.item() == pytest.approx(-advantage * ratio / 4)
-
-
-def test_loss_masks_weighs_and_divides_by_the_count_it_is_given():
-    logp = torch.zeros(2, 3, requires_grad=True)
-    mask = torch.tensor([[1.0, 1, 0], [0.5, 0, 0]])
-    advantages = torch.tensor([[1.0, 2, 99], [4, 99, 99]])
-    loss = antisd.policy_loss(logp, logp, advantages, mask, 10)
-    loss.backward()
-    assert loss.item() == pytest.approx(-(1 + 2 + 2) / 10)
-    torch.testing.assert_close(logp.grad, -advantages * mask / 10)    # ratio 1: REINFORCE
-
-
-def test_token_weights_by_hand():
-    mask, cut_off = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool(), torch.tensor([True, False])
-    third = 1 / 3
-    for flags, expected in (({}, [[1, 1, 1], [1, 0, 0]]),
-                            (dict(loss_agg="seq"), [[third, third, third], [1, 0, 0]]),
-                            (dict(mask_truncated=True), [[0, 0, 0], [1, 0, 0]]),
-                            (dict(loss_agg="seq", mask_truncated=True), [[0, 0, 0], [1, 0, 0]])):
-        found = antisd.token_weights(mask, cut_off, **flags)
-        torch.testing.assert_close(found, torch.tensor(expected).float())
 
 
 # --- Log-probabilities and entropies -------------------------------------------------------------
@@ -386,12 +359,9 @@ def test_log_probs_entropies_and_gradients_equal_brute_force_for_any_chunk(chunk
         torch.testing.assert_close(mine, theirs)
 
 
-def test_entropy_of_certain_and_of_uniform_distributions():
+def test_certain_tokens_have_no_entropy_and_no_nan():
     head = torch.nn.Linear(1, 8, bias=False)
-    torch.nn.init.zeros_(head.weight)
-    logp, entropy = antisd.token_logprobs(torch.ones(1, 1), head, torch.tensor([3]))
-    assert entropy.item() == pytest.approx(math.log(8)) == -logp.item()
-    for rest in 0.0, -math.inf:                          # 0 log 0 is 0, not NaN
+    for rest in 0.0, -math.inf:                          # 0 log 0 is 0
         head.weight.data[:] = rest
         head.weight.data[3] = 1e4
         logp, entropy = antisd.token_logprobs(torch.ones(1, 1), head, torch.tensor([3]))
@@ -408,19 +378,17 @@ def test_log_softmax_runs_in_float32_on_bfloat16_logits():
 
 
 class Memory(TorchDispatchMode):
-    """Notes which operators run and how many bytes of their results are alive at most."""
+    """Notes how many bytes of the results of operators are alive, at the end and at most."""
 
     def __init__(self, *inputs):
         super().__init__()
-        self.seen, self.peak = collections.Counter(), 0
-        self.sizes = {x.untyped_storage()._cdata: 0 for x in inputs}     # views of them are free
+        self.peak, self.sizes = 0, {x.untyped_storage()._cdata: 0 for x in inputs}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen[str(function)] += 1
         result = function(*args, **(kwargs or {}))
         results = result if isinstance(result, (tuple, list)) else [result]
         for x in (x.untyped_storage() for x in results if isinstance(x, torch.Tensor)):
-            if x._cdata not in self.sizes:
+            if x._cdata not in self.sizes:               # views cost nothing
                 self.sizes[x._cdata] = x.nbytes()
                 weakref.finalize(x, self.sizes.pop, x._cdata, None)
         self.peak = max(self.peak, sum(self.sizes.values()))
@@ -430,36 +398,14 @@ class Memory(TorchDispatchMode):
 def test_logits_never_exist_whole_in_forward_or_backward():
     """4,096 tokens x 151,936 words, on tensors that have shapes but no memory: whole logits would
     be 2.3 GiB, a chunk is at most 256 MiB; the inputs are not counted, their gradients are."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    rows, size = 4096, 151_936
     with FakeTensorMode():
-        head, hidden, targets = head_and_hidden(rows, 8, size)
-        calls = []
-        head.register_forward_hook(lambda module, args, out: calls.append(len(out)))
+        head, hidden, targets = head_and_hidden(4096, 8, 151_936)
         with Memory(hidden, head.weight, targets) as forward:
             logp, entropy = antisd.token_logprobs(hidden, head, targets)
         with Memory(hidden, head.weight, targets) as backward:
             logp.sum().backward()
-        # what stays alive in between: the results, and nothing of the size of logits
-        assert sum(forward.sizes.values()) < 2**20
-        assert max(forward.peak, backward.peak) < 1.5 * 2**30
-        assert sum(calls) == 2 * rows and max(calls) * size <= 2**26     # recomputed by chunks
-        # but for the entropy, which backward does not need
-        assert "aten._log_softmax.default" in backward.seen
-        assert forward.seen[clamp := "aten.clamp_min.default"] and not backward.seen[clamp]
-    head, hidden, targets = head_and_hidden(40, 6, 100)
-    head.register_forward_hook(lambda module, args, out: calls.append(len(out)))
-    calls.clear()
-    antisd.token_logprobs(hidden, head, targets, chunk=16)
-    assert calls == [16, 16, 8]
-
-
-def test_pack_marks_exactly_the_response_tokens():
-    ids, predicts = antisd.pack([[5, 6, 7], [8]], [[1, 2], [3, 4, END]], CPU)
-    assert ids.tolist() == [[5, 6, 7, 1, 2], [8, 3, 4, END, 0]]
-    assert [ids[i, 1:][predicts[i]].tolist() for i in (0, 1)] == [[1, 2], [3, 4, END]]
-    ids, predicts = antisd.pack([], [], CPU)             # an idle rank still runs a forward
-    assert len(ids) == 1 and not predicts.any()
+    assert sum(forward.sizes.values()) < 2**20           # what stays alive: no logits
+    assert max(forward.peak, backward.peak) < 1.5 * 2**30
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -482,12 +428,27 @@ def test_scores_do_not_depend_on_padding_or_micro_batches(kind):
 
 @pytest.mark.parametrize("kind, settings", [
     ("gpt2", dict(resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)),
-    ("llama", dict(attention_dropout=0.3)), ("falcon", dict(hidden_dropout=0.3)),
-    ("falcon", dict(attention_dropout=0.3))])
-def test_dropout_is_off_in_train_mode_too(kind, settings):
-    policy = antisd.Policy(tiny(kind, **settings), [END])
+    ("phi", dict(resid_pdrop=0.3, embd_pdrop=0.3, attention_dropout=0.3)),
+    ("llama", dict(attention_dropout=0.3)),
+    ("falcon", dict(hidden_dropout=0.3, attention_dropout=0.3))])
+def test_train_mode_recomputes_the_layers_and_no_dropout_acts(tmp_path, kind, settings):
+    """Falcon's layers read their rates from the configuration, so load_policy sets them to 0."""
+    model, forwards, found = tiny(kind, **settings), [], []
+    policy = antisd.Policy(model, [END])
+    if kind == "falcon":
+        policy = antisd.load_policy(save(model, tmp_path), "auto", TOKENIZER)
+        model = policy.model
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    layer = next(m for m in model.modules() if type(m).__name__ in model._no_split_modules)
+    next(layer.children()).register_forward_hook(lambda *args: forwards.append(1))
     rows = antisd.pack([PROMPTS[1]], [list(range(20, 40))], CPU)
-    torch.testing.assert_close(policy.train()(*rows)[0], policy.eval()(*rows, 1.0)[0])
+    for mode in False, True:
+        forwards.clear()
+        logp = policy.train(mode)(*rows, 1.0)[0]
+        found.append([logp, *torch.autograd.grad(logp.sum(), list(model.parameters()))])
+        assert len(forwards) == 1 + mode
+    for plain, recomputed in zip(*found):
+        assert torch.equal(plain, recomputed)
 
 
 def test_micro_batches_hold_every_row_once_within_the_budget_and_a_tenth_of_padding():
@@ -506,35 +467,53 @@ def test_micro_batches_hold_every_row_once_within_the_budget_and_a_tenth_of_padd
 PROMPTS = [[3, 5, 8], [3, 9, 12, 14, 6, 7, 30, 31, 8, 40, 41], [0, END, 21, 22, 8], [17, 8]]
 
 
-def test_passes_are_as_small_as_asked_and_gathered_unless_sharded(root, monkeypatch):
+def test_passes_are_as_small_as_asked_and_gathered_unless_sharded(root, tmp_path, monkeypatch):
     """rollout_batch bounds the rows of a decoding pass, micro_tokens the tokens of a scoring or
     training pass, and only --sampler sharded leaves the weights split."""
-    cfg, shapes, drawn, split = config(root, micro_tokens=40), [], [], []
-    policy, optimizer = antisd.build(cfg, TOKENIZER, CPU)
-    policy.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
-    plain = policy.generate
+    drawn, split, plain = [], [], antisd.Policy.generate
 
-    def generate(input_ids, **inputs):
+    def generate(policy, input_ids, **inputs):
         drawn.append(len(input_ids))
-        split.append(isinstance(policy.model.lm_head.weight, torch.distributed.tensor.DTensor))
-        return plain(input_ids=input_ids, **inputs)
-    monkeypatch.setattr(policy, "generate", generate)
-    problems = [{"prompt": p, "answer": "1"} for p in PROMPTS]
+        split.append(isinstance(
+            policy.model.model.layers[0].mlp.up_proj.weight, torch.distributed.tensor.DTensor))
+        return plain(policy, input_ids=input_ids, **inputs)
+    monkeypatch.setattr(antisd.Policy, "generate", generate)
+    packed, rolled, viewed = (spy(monkeypatch, name)
+                              for name in ("pack", "roll_out", "teacher_prompts"))
     for sampler in "generate", "sharded":
-        drawn.clear(), split.clear()
-        rollouts = antisd.roll_out(policy, TOKENIZER, problems, 2, sampler, max_tokens=9,
-                                   rollout_batch=5)
+        for calls in drawn, split, packed, rolled, viewed:
+            calls.clear()
+        run(root, tmp_path / sampler, sampler=sampler, rollout_batch=5, micro_tokens=70,
+            temperature=1e-4)                            # so cold that it is greedy
         assert max(drawn) == 4 and set(split) == {sampler == "sharded"}
-        assert [r.problem for r in rollouts[::2]] == [r.problem for r in rollouts[1::2]] == problems
-    shapes.clear()
-    mask = torch.ones(8, max(len(r.ids) for r in rollouts))
-    rows = [r.problem["prompt"] for r in rollouts], [r.ids for r in rollouts], 40
-    antisd.score(policy, *rows)
-    antisd.update(policy, optimizer, rollouts, mask, lambda rows, s, H: s, cfg)
-    fewest = antisd.micro_batches([len(r.problem["prompt"]) + len(r.ids) for r in rollouts], 40)
-    assert len(shapes) == 2 * len(fewest) and 2 < len(fewest) < 8
-    assert all(n * length <= 40 for n, length in shapes)
-    assert torch.equal(antisd.score(policy, *rows)[0], antisd.score(policy, *rows, 1.0)[0])
+        shapes, rollouts = [tuple(ids.shape) for _, (ids, _) in packed], rolled[0][1]
+        for r in rollouts:
+            assert r.ids == cut(argmax_decode(tiny(), r.problem["prompt"], 12), [END])
+        assert [r.problem for r in rollouts[::2]] == [r.problem for r in rollouts[1::2]]
+        fewest = antisd.micro_batches([len(r.problem["prompt"]) + len(r.ids) for r in rollouts], 70)
+        teachers = antisd.micro_batches([len(view) + len(r.ids) for view, r in zip(
+            viewed[0][1][0], rollouts)], 70)
+        assert 2 < len(fewest) < 8 and len(shapes) == len(teachers) + len(fewest)    # s is free
+        assert shapes[-len(fewest):] == [
+            (len(rows), max(len(rollouts[i].problem["prompt"] + rollouts[i].ids) for i in rows))
+            for rows in fewest]
+        assert all(n * length <= 70 or n == 1 for n, length in shapes)
+
+
+def test_gathered_weights_decode_without_hooks_which_are_back_afterwards(root):
+    policy, _ = antisd.build(config(root), TOKENIZER, CPU)
+    layers = [m for m in policy.modules() if isinstance(m, FSDPModule)]
+
+    def hooks():
+        return [dict(h) for m in layers for h in (m._forward_pre_hooks, m._forward_hooks)]
+    before, split = hooks(), antisd.sample(policy, PROMPTS, 1, 9, 0, sharded=True)
+    assert len(layers) == 3 and all(before)
+    with antisd.gathered(policy):
+        assert not any(hooks())
+        assert antisd.sample(policy, PROMPTS, 1, 9, 0) == split
+    assert hooks() == before
+    assert all(isinstance(p, torch.distributed.tensor.DTensor) for p in policy.parameters())
+    assert antisd.sample(policy, PROMPTS, 1, 9, 0, sharded=True) == split
 
 
 def argmax_decode(model, prompt, count):
@@ -610,25 +589,6 @@ def test_rollouts_follow_the_softmax_under_a_hostile_generation_config(temperatu
         assert (frequency[p > 10 / n] > 0).all() and (p > 10 / n).sum() > 3
         laws.append(p)
     assert (laws[0] - laws[1]).abs().sum() > 0.5
-
-
-def test_roll_out_grades_marks_truncation_and_keeps_the_end_token():
-    ends = sorted({END, *range(30, 60)})                 # so that some rows end at once
-    problems = [{"problem": "p", "answer": str(n), "prompt": PROMPTS[n]} for n in (0, 1)]
-    torch.manual_seed(0)
-    rollouts = antisd.roll_out(antisd.Policy(tiny(), ends), TOKENIZER, problems, 80, max_tokens=3)
-    assert [r.problem["answer"] for r in rollouts] == ["0"] * 80 + ["1"] * 80
-    for r in rollouts:
-        ended = [token in ends for token in r.ids]
-        assert not any(ended[:-1]) and r.truncated == (not ended[-1])
-        assert ended[-1] or len(r.ids) == 3
-        assert r.text == TOKENIZER.decode(r.ids, skip_special_tokens=True)
-        answers = re.findall(r"\\boxed{(.?)}", r.text.split("</think>")[-1])[-1:]
-        open_thought = "<think>" in r.text.split("</think>")[-1]
-        assert r.reward == (answers == [r.problem["answer"]] and not open_thought)
-    kinds = {(r.truncated, len(r.ids) == 3) for r in rollouts}
-    assert kinds == {(True, True), (False, True), (False, False)}
-    assert {r.reward for r in rollouts} == {0.0, 1.0}
 
 
 def test_both_the_models_and_the_tokenizers_end_tokens_end_a_response(tmp_path):
@@ -718,10 +678,9 @@ def test_a_long_solution_loses_its_head_and_nothing_else():
 
 def test_each_row_gets_the_verdict_on_its_own_response():
     group = [rollout("n9 \\boxed{1}", 1.0), *(rollout(text, 0.0) for text in ("x", "n1", "n2"))]
-    prompts, sources = views(group)
+    prompts, sources = views(group)                      # groups of two
     assert ["Your answer is incorrect." in words(p) for p in prompts] == [False, True, True, True]
-    assert sources == ["solution", "sibling", "solution", "solution"]   # groups of two
-    assert ["n9 \\boxed{1}" in words(p) for p in prompts] == [False, True, False, False]
+    assert sources == ["solution", "sibling", "solution", "solution"]
 
 
 def test_the_choice_of_siblings_follows_seed_and_data_position_for_any_number_of_ranks():
@@ -738,14 +697,12 @@ def test_the_choice_of_siblings_follows_seed_and_data_position_for_any_number_of
 
 
 def test_template_flags_are_the_same_for_student_and_teacher(root, tmp_path):
-    flags = dict(output=str(tmp_path), chat_template_kwargs='{"think": true}')
-    default = flags | dict(chat_template_kwargs='{"think": false}')       # may be said, too
-    problems, same, plain = (antisd.prepare(config(root, **options), 1)[3]
-                             for options in (flags, default, dict(output=str(tmp_path))))
+    plain, same, problems = (antisd.prepare(config(
+        root, output=str(tmp_path / str(flags)), chat_template_kwargs=json.dumps(flags)), 1)[3]
+        for flags in ({}, {"think": False}, {"think": True}))
     assert same == plain
     group = [antisd.Rollout(p, [5], "x", False, 0.0) for p in problems[:2]]
-    kwargs = config(root, **flags).template_kwargs
-    found, _ = antisd.teacher_prompts(TOKENIZER, group, 2, kwargs, 10**6, 0)
+    found, _ = antisd.teacher_prompts(TOKENIZER, group, 2, {"think": True}, 10**6, 0)
     for student, teacher, bare in zip(problems, found, plain):
         assert words(student["prompt"]) == words(bare["prompt"]) + " <think>"
         assert words(teacher).endswith("<assistant> <think>")
@@ -753,14 +710,20 @@ def test_template_flags_are_the_same_for_student_and_teacher(root, tmp_path):
         assert words(teacher).startswith(first)          # c comes after the student's own turn
 
 
-# --- One update and one training step against a second implementation ----------------------------
+# --- train(): one step against a second implementation -------------------------------------------
+
+
+DELTAS = {"grpo": lambda u: 0 * u, "sd": lambda u: u, "antisd_kl": lambda u: -u,
+          "sd_jsd": lambda u: (torch.log1p(u.exp()) - LOG2) / 2,
+          "ones": lambda u: -torch.tanh(u)}              # an entry of one's own
+DELTAS["antisd"] = DELTAS["no_teacher"] = lambda u: -DELTAS["sd_jsd"](u)
 
 
 def by_hand(cfg, rows, lam, optimizer_of):
     """One step of Algorithm 1 by other means: whole logits, row by row, no FSDP, no micro-batches.
 
-    rows: (prompt, the teacher's prompt, ids, truncated, reward). Also returns how many tokens'
-    ratios the clip held.
+    rows: (prompt, the teacher's prompt, ids, truncated, reward) -> what the step must log; the
+    weights after it; u; and how many tokens' ratios the clip held.
     """
     model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32)
     parameters, scale, held, losses, norms = list(model.parameters()), cfg.temperature, 0, [], []
@@ -775,8 +738,7 @@ def by_hand(cfg, rows, lam, optimizer_of):
         u = -s if cfg.method == "no_teacher" else t - s
         us.append(u)
         seq += [abs(a)] * len(rows[i][2])
-        phi = (torch.log1p(u.exp()) - LOG2) / 2
-        delta = {"grpo": 0 * u, "sd": u, "sd_jsd": phi, "antisd_kl": -u}.get(cfg.method, -phi)
+        delta = DELTAS[cfg.method](u)
         advantages.append(a * (1 + lam * delta) if cfg.compose == "mul" else a + lam * delta)
     size = len(rows) // cfg.updates_per_batch
     for first in range(0, len(rows), size):
@@ -796,149 +758,124 @@ def by_hand(cfg, rows, lam, optimizer_of):
             p.grad *= min(1, cfg.max_grad_norm / norms[-1])
         optimizer.step()
         losses.append(loss.item())
-    return {"loss": statistics.mean(losses), "norm": statistics.mean(norms), "held": held,
-            "state": {f"model.{k}": v for k, v in model.state_dict().items()}, "u": torch.cat(us),
-            "seq": statistics.mean(seq),
-            "s": [s for s, _ in student], "H_S": torch.cat([h for _, h in student]),
-            "H_T": torch.cat([h for _, h in teacher])}
+    u, h = torch.cat(us), torch.cat([h for _, h in teacher])
+    logged = {"loss": statistics.mean(losses), "grad_norm": statistics.mean(norms),
+              "seq_adv_abs": statistics.mean(seq),
+              "student_entropy": torch.cat([h for _, h in student]).mean().item()}
+    if cfg.method != "grpo":
+        ranked = h.sort().values                         # an even count: the mean of the middle two
+        middle = ranked[[(len(h) - 1) // 2, len(h) // 2]]
+        logged |= {"u_mean": u.mean().item(), "u_negative": (u < 0).double().mean().item(),
+                   "phi_abs": DELTAS[cfg.method](u).abs().mean().item(),
+                   "teacher_entropy": h.mean().item(),
+                   "teacher_entropy_median": middle.mean().item()}
+    return logged, model.state_dict(), us, held
 
 
 # prompt, response, truncated, reward; groups of two. The first half (rank 0's, of two) has most of
 # the tokens and needs more micro-batches than the second.
-HAND_MADE = [
-    ([3, 5, 8], list(range(20, 50)), True, 0.0), ([3, 5, 8], [11, END], False, 1.0),
-    ([3] * 17, list(range(40, 69)), True, 0.0), ([3] * 17, list(range(60, 20, -2)), False, 0.0),
+HAND_MADE = (
+    ([3, 5, 8], range(20, 50), True, 0.0), ([3, 5, 8], [11, END], False, 1.0),
+    ([3] * 17, range(40, 69), True, 0.0), ([3] * 17, range(60, 20, -2), False, 0.0),
     ([0, END, 9, 4], [4, END], False, 1.0), ([0, END, 9, 4], [END], False, 0.0),
-    ([7, 8], [0, 1, 2, 0, END], False, 1.0), ([7, 8], [33, 34, 35], True, 0.0)]
+    ([7, 8], [0, 1, 2, 0, END], False, 1.0), ([7, 8], [33, 34, 35], True, 0.0))
 C = [44, 45, 46, END, 47]                                # stands for the privileged context
-LAM, SGD_LR = 0.5, 0.3
+NO_GATE = dict(warmup_steps=0, tau_down=0.0)
+SMALL = dict(micro_tokens=40)
 CASES = {
     "plain": {},
-    "small micro-batches": dict(micro_tokens=40, sampler="sharded"),
+    "small micro-batches": SMALL,
     "recomputed layers": dict(gradient_checkpointing=True),
+    "offload": dict(offload=True, **SMALL),
     "mean of response means": dict(loss_agg="seq"),
-    "without truncated": dict(mask_truncated=True, micro_tokens=40),
+    "without truncated": dict(mask_truncated=True, **SMALL),
     "means without truncated": dict(loss_agg="seq", mask_truncated=True),
     "multiplied": dict(compose="mul"),
     "clipped gradient": dict(max_grad_norm=0.05),
-    "two updates": dict(updates_per_batch=2, micro_tokens=70),
     "untied": dict(model="llama", method="sd"),
+    "student's gate": dict(gate_source="student", **SMALL),
+    "two updates": dict(updates_per_batch=2, micro_tokens=70),
+    "grpo": dict(method="grpo", **SMALL),
+    "sd_jsd": dict(method="sd_jsd"), "antisd_kl": dict(method="antisd_kl"),
+    "no_teacher": dict(method="no_teacher"), "an entry of one's own": dict(method="ones"),
 }
+# with two updates, two ranks split the groups otherwise; the arms differ in one line
+TWO_RANK_CASES = list(CASES)[:list(CASES).index("two updates")]
+NOTHING_MOVES = {"all truncated": dict(mask_truncated=True), "not finite": dict(method="nan")}
 
 
-def case_config(root, name):
-    flags = dict(temperature=0.7, max_grad_norm=1e9) | CASES[name]
+def case_config(root, name, **more):
+    flags = dict(NO_GATE, temperature=0.7, max_grad_norm=1e9, lr=0.3, weight_decay=0.0)
+    flags |= (CASES | NOTHING_MOVES)[name] | more
     return config(root, **flags | {"model": str(root / flags.get("model", "qwen3"))})
 
 
+@functools.cache
 def run_case(root, name):
-    """The trainer's own score() and update() on this rank's share of HAND_MADE."""
-    cfg, rank, world = case_config(root, name), dist.get_rank(), dist.get_world_size()
-    policy, _ = antisd.build(cfg, TOKENIZER, CPU)
-    size = len(HAND_MADE) // world
-    rows = HAND_MADE[rank * size:(rank + 1) * size]
-    prompts, responses, truncated, rewards = map(list, zip(*rows))
-    rollouts = [antisd.Rollout({"prompt": p}, ids, "", cut_off, r) for p, ids, cut_off, r in rows]
-    lengths = torch.tensor([len(ids) for ids in responses])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    a_seq = antisd.group_advantages(torch.tensor(rewards), 2)
-    scoring = responses, cfg.micro_tokens, cfg.temperature
-    t, H_T = antisd.score(policy, [p + C for p in prompts], *scoring)
-    known = antisd.score(policy, prompts, *scoring) if cfg.updates_per_batch > 1 else None
-    s, u = torch.zeros_like(t), torch.zeros_like(t)
+    """The real train() for a step of SGD on this rank's share of HAND_MADE -> what it logs; the
+    weights that it exports; the u of this rank's first and last response."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    out = root / f"cases-{world}" / name
+    cfg, size = case_config(root, name, output=str(out)), len(HAND_MADE) // world
+    mine = [antisd.Rollout({"prompt": p, "problem": "p", "answer": "1"}, list(ids), "",
+                           cut_off or name == "all truncated", reward)
+            for p, ids, cut_off, reward in HAND_MADE[rank * size:(rank + 1) * size]]
+    build = antisd.build
 
-    def advantages(rows, logp, H):
-        at = rows, slice(logp.shape[1])
-        assert rows                                      # quantiles of nothing would fail
-        s[at], u[at] = logp, t[at] - logp
-        return antisd.token_advantages(a_seq[rows], u[at], LAM, cfg.method, cfg.compose)
-    counts = antisd.token_weights(mask, torch.tensor(truncated), cfg.loss_agg, cfg.mask_truncated)
-    loss, norm, H_S, finite = antisd.update(
-        policy, torch.optim.SGD(policy.parameters(), lr=SGD_LR), rollouts, counts, advantages, cfg,
-        known)
-    whole = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return {"loss": loss, "norm": norm, "finite": finite,
-            "mean": antisd.global_mean(H_T, mask), "median": antisd.global_median(H_T, mask),
-            "s": [row[:n] for part in antisd.gather((s, lengths)) for row, n in zip(*part)],
-            "summary": antisd.summary(rollouts, ["sibling"] * len(rows), mask, a_seq, u, H_S, H_T,
-                                      cfg),
-            "state": dcp_state.get_model_state_dict(policy, options=whole)}
+    def build_sgd(*args):
+        policy, _ = build(*args)
+        return policy, torch.optim.SGD(policy.parameters())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(antisd, "build", build_sgd)
+        patch.setattr(antisd, "roll_out", lambda *args, **options: mine)
+        patch.setattr(antisd, "teacher_prompts", lambda tokenizer, rollouts, *rest: (
+            [r.problem["prompt"] + C for r in rollouts], ["sibling"] * len(rollouts)))
+        patch.setitem(antisd.METHODS, "ones", DELTAS["ones"])
+        patch.setitem(antisd.METHODS, "nan", lambda u: u * math.nan)
+        antisd.train(cfg)
+    [row] = strip(read(out / "metrics.jsonl"))
+    return row, weights(out / "model"), [line["u"] for line in read(out / "samples.jsonl")]
 
 
+@functools.cache
 def reference(root, name):
-    rows = [(p, p + C, ids, cut_off, reward) for p, ids, cut_off, reward in HAND_MADE]
-    return by_hand(case_config(root, name), rows, LAM, lambda p: torch.optim.SGD(p, lr=SGD_LR))
+    rows = [(p, p + C, list(ids), cut_off, reward) for p, ids, cut_off, reward in HAND_MADE]
+    cfg = case_config(root, name)
+    return by_hand(cfg, rows, cfg.lam, lambda p: torch.optim.SGD(p, lr=cfg.lr))
 
 
-def assert_equal_updates(found, expected, before):
-    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4, abs=1e-6)
-    assert found["norm"] == pytest.approx(expected["norm"], rel=1e-4)
-    for mine, theirs in zip(found["s"], expected["s"], strict=True):
-        torch.testing.assert_close(mine.double(), theirs.double(), rtol=1e-4, atol=1e-4)
-    assert found["state"].keys() == expected["state"].keys()
-    for key, value in found["state"].items():            # moved by the same amount, not just near
-        start = before[key.removeprefix("model.")]
-        torch.testing.assert_close(value - start, expected["state"][key] - start, rtol=1e-3,
+def assert_equal_updates(root, name, found):
+    """Against by_hand: everything that is logged, and every weight moved by the same amount."""
+    row, after, us = found
+    logged, state, expected, held = reference(root, name)
+    assert {key: row[key] for key in logged} == pytest.approx(logged, rel=1e-4, abs=1e-6)
+    before = weights(case_config(root, name).model)
+    assert logged["grad_norm"] > 0.05 and after.keys() == state.keys() == before.keys()
+    for key, value in after.items():
+        torch.testing.assert_close(value - before[key], state[key] - before[key], rtol=1e-3,
                                    atol=1e-5)
+    return held, us, expected
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_update_equals_an_independent_one(root, name):
-    found, expected = run_case(root, name), reference(root, name)
-    assert found["finite"] and expected["norm"] > 0.05
-    assert (expected["held"] > 0) == (name == "two updates")    # one update: the clip is inert
-    assert_equal_updates(found, expected, weights(case_config(root, name).model))
-    assert found["mean"] == pytest.approx(expected["H_T"].mean().item(), rel=1e-5)
-    ranked = expected["H_T"].sort().values               # an even count: the mean of the middle two
-    n = len(ranked)
-    assert n % 2 == 0 and ranked[n // 2] - ranked[n // 2 - 1] > 1e-3
-    assert found["median"] == pytest.approx((ranked[n // 2 - 1] + ranked[n // 2]).item() / 2)
-    assert found["summary"]["student_entropy"] == pytest.approx(expected["H_S"].mean().item())
+def test_a_step_equals_an_independent_one(root, name):
+    found = run_case(root, name)
+    held, us, expected = assert_equal_updates(root, name, found)
+    assert (held > 0) == (name == "two updates")         # one update: the clip is inert
+    assert found[0]["skipped_updates"] == 0
+    if name == "grpo":
+        assert us == [None, None]
+        assert {found[0][key] for key in (*TEACHERS, "gate", "h_warm", "lam")} == {None}
+    else:
+        for mine, theirs in zip(us, (expected[0], expected[-1]), strict=True):
+            assert mine == pytest.approx(theirs.tolist(), rel=1e-4, abs=1e-4)
 
 
-TWO = [([3, 5, 8], [20, 21, 22]), ([7, 8], [9])]
-
-
-def small_update(root, advantages, **flags):
-    """update() with SGD of rate 1 on two truncated rows -> its result, what moved by how much."""
-    cfg = config(root, **flags)
-    policy, _ = antisd.build(cfg, TOKENIZER, CPU)
-    rows = [antisd.Rollout({"prompt": prompt}, ids, "", True, 0.0) for prompt, ids in TWO]
-    mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
-    counts = antisd.token_weights(mask, torch.ones(2).bool(), mask_truncated=cfg.mask_truncated)
-    before = {k: v.clone() for k, v in dcp_state.get_model_state_dict(policy).items()}
-    result = antisd.update(policy, torch.optim.SGD(policy.parameters(), lr=1.0), rows, counts,
-                           advantages, cfg)
-    after = dcp_state.get_model_state_dict(policy)
-    return result, {k: (after[k] - before[k]).full_tensor() for k in before}
-
-
-def test_update_takes_any_function_for_the_advantages(root):
-    """It knows nothing of AntiSD. Here: 2 on the token of highest entropy, the third row's 0."""
-    def undecided(rows, s, entropy):
-        assert not s.requires_grad and s.shape == entropy.shape == (len(rows), s.shape[1])
-        return 2.0 * (entropy > entropies.max() - 1e-4)
-    model = tiny()
-    rows = [brute_force(model, prompt, ids) for prompt, ids in TWO]
-    entropies = torch.cat([h for _, h in rows])
-    best = int(entropies.argmax())
-    (loss, norm, H_S, finite), moved = small_update(root, undecided, max_grad_norm=1e9)
-    assert finite and loss == pytest.approx(-2 / 4)
-    torch.testing.assert_close(H_S[H_S > 0].double(), entropies, rtol=1e-4, atol=1e-5)
-    gradients = torch.autograd.grad(2 / 4 * torch.cat([s for s, _ in rows])[best],
-                                    list(model.parameters()))
-    for (name, _), gradient in zip(model.named_parameters(), gradients):
-        torch.testing.assert_close(moved[f"model.{name}"], gradient, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("value, flags, result", [
-    (1.0, dict(mask_truncated=True), (0.0, 0.0, True)),    # every response left out: 0 and not NaN
-    (math.nan, {}, None)])
-def test_an_update_that_is_empty_or_not_finite_changes_nothing(root, value, flags, result):
-    (loss, norm, _, finite), moved = small_update(
-        root, lambda rows, s, H: torch.full_like(s, value), **flags)
-    assert (loss, norm, finite) == result if result else not finite
-    assert not any(change.any() for change in moved.values())
+@pytest.mark.parametrize("name, loss", [("all truncated", 0), ("not finite", None)])
+def test_an_update_that_is_empty_or_not_finite_changes_nothing(root, name, loss):
+    row, after, _ = run_case(root, name)
+    assert same(weights(root / "qwen3"), after) and row["skipped_updates"] == 1
+    assert row["loss"] == row["grad_norm"] == loss       # JSON has null for NaN
 
 
 # --- train(): Algorithm 1 as a whole -------------------------------------------------------------
@@ -947,21 +884,15 @@ KEYS = """step reward reward_complete length truncated zero_std_groups seq_adv_a
     gate h_warm lam context/sibling context/solution context/answer loss grad_norm lr tokens_per_s
     skipped_updates seconds/rollout seconds/score seconds/train peak_memory_gib""".split()
 TEACHERS = "u_mean u_negative phi_abs teacher_entropy teacher_entropy_median".split()
-NO_GATE = dict(warmup_steps=0, tau_down=0.0)
 
 
-@pytest.mark.parametrize("method, flags", [
-    ("antisd", dict(NO_GATE, temperature=1.4, gate_source="student")),
-    ("antisd", dict(NO_GATE, compose="mul", loss_agg="seq", mask_truncated=True)),
-    ("antisd", dict(NO_GATE, updates_per_batch=2, max_grad_norm=0.1)), ("grpo", {}),
-    ("antisd_kl", NO_GATE), ("no_teacher", NO_GATE), ("sd", {}), ("sd_jsd", {})])   # sd: ungated
-def test_a_training_step_equals_algorithm_1_by_hand(root, tmp_path, monkeypatch, method, flags):
-    """What train() logs and exports, against brute force on the rollouts it drew."""
+def test_a_training_step_equals_algorithm_1_by_hand(root, tmp_path, monkeypatch):
+    """What train() logs and exports, against brute force on the rollouts that it drew."""
     rolled, viewed = spy(monkeypatch, "roll_out"), spy(monkeypatch, "teacher_prompts")
     packed, sampled = spy(monkeypatch, "pack"), spy(monkeypatch, "sample")
-    flags = dict(flags, method=method, seed=8, lr=1e-2)
+    flags = dict(NO_GATE, temperature=1.4, seed=8, lr=1e-2)
     [row] = run(root, tmp_path, **flags)
-    rollouts, cfg = rolled[0][1], config(root, **flags)
+    rollouts, (prompts, origins) = rolled[0][1], viewed[0][1]
 
     # the ids that were drawn are the ids that are scored and trained on: never text in between
     assert [r.ids for r in rollouts] == sampled[0][1]
@@ -969,17 +900,21 @@ def test_a_training_step_equals_algorithm_1_by_hand(root, tmp_path, monkeypatch,
     assert {tuple(ids) for (_, ids, _), _ in packed for ids in ids} == drawn
     assert any(TOKENIZER.encode(TOKENIZER.decode(ids)) != list(ids) for ids in drawn)
 
-    prompts = viewed[0][1][0] if viewed else [r.problem["prompt"] for r in rollouts]
     rows = [(r.problem["prompt"], view, r.ids, r.truncated, r.reward)
             for r, view in zip(rollouts, prompts, strict=True)]
-    expected = by_hand(cfg, rows, 0.5, lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.01))
-    assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4, abs=1e-6)
-    assert row["grad_norm"] == pytest.approx(expected["norm"], rel=1e-3)
+    logged, state, *_ = by_hand(config(root, **flags), rows, 0.5,
+                                lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.01))
+    assert {key: row[key] for key in logged} == pytest.approx(logged, rel=1e-3, abs=1e-6)
     after, before = weights(tmp_path / "model"), weights(root / "qwen3")
     for name, value in after.items():                    # where rounding cannot turn a sign
-        moved, by = value - before[name], expected["state"][f"model.{name}"] - before[name]
+        moved, by = value - before[name], state[name] - before[name]
         assert ((moved - by).abs() < 1e-4).float().mean() > 0.98 and moved.abs().max() > 5e-3
 
+    for r in rollouts:
+        assert r.truncated == (END not in r.ids) and END not in r.ids[:-1]
+        assert len(r.ids) == 12 or not r.truncated
+        assert r.text == TOKENIZER.decode(r.ids, skip_special_tokens=True)
+        assert r.reward == antisd.is_correct(r.text, r.problem["answer"])
     rewards = torch.tensor([r.reward for r in rollouts]).view(4, 2)
     equal = (rewards[:, 0] == rewards[:, 1]).float().mean()
     assert 0 < rewards.mean() < 1 and 0 < equal < 1 and row["zero_std_groups"] == equal
@@ -987,55 +922,19 @@ def test_a_training_step_equals_algorithm_1_by_hand(root, tmp_path, monkeypatch,
     complete = [r.reward for r in rollouts if not r.truncated]
     assert row["reward_complete"] == pytest.approx(sum(complete) / len(complete))
     assert row["length"] * 8 == sum(len(r.ids) for r in rollouts)
-    assert row["seq_adv_abs"] == pytest.approx(expected["seq"], rel=1e-4)
-    assert row["student_entropy"] == pytest.approx(expected["H_S"].mean().item(), rel=1e-4)
-    if method == "grpo":
-        assert {row[key] for key in (*TEACHERS, "gate", "h_warm")} == {None}
-    else:
-        u, h = expected["u"], expected["H_T"]
-        size = u.abs() if method in ("sd", "antisd_kl") else antisd.phi(u).abs()
-        assert [row[key] for key in TEACHERS[:4]] == pytest.approx(
-            [u.mean().item(), (u < 0).double().mean().item(), size.mean().item(),
-             h.mean().item()], rel=1e-4, abs=1e-6)
-        sources = viewed[0][1][1]
-        assert [row[f"context/{name}"] * 8 for name in ("sibling", "solution", "answer")] == [
-            sources.count(name) for name in ("sibling", "solution", "answer")]
-
-
-@pytest.mark.parametrize("sampler", ["generate", "sharded"])
-def test_every_sampler_trains_a_step_and_draws_at_the_flags_temperature(root, tmp_path, monkeypatch,
-                                                                        sampler):
-    """So cold that it is greedy."""
-    drawn, rolled = spy(monkeypatch, "sample"), spy(monkeypatch, "roll_out")
-    [row] = run(root, tmp_path, sampler=sampler, rollout_batch=8, temperature=1e-4)
-    assert len(drawn) == 1 and row["grad_norm"] < math.inf
-    model = tiny()
-    for r in rolled[0][1]:
-        assert r.ids == cut(argmax_decode(model, r.problem["prompt"], 12), [END])
-
-
-@pytest.mark.parametrize("flags, passes", [
-    (dict(method="grpo", gate_source="student"), 0), (dict(method="sd", gate_source="student"), 1),
-    (dict(method="antisd"), 1), (dict(method="antisd", gate_source="student"), 2),
-    (dict(method="grpo", updates_per_batch=2), 1)])
-def test_no_pass_is_paid_for_that_nobody_reads(root, tmp_path, monkeypatch, flags, passes):
-    scored = spy(monkeypatch, "score")
-    run(root, tmp_path, **flags)
-    assert len(scored) == passes
+    for name in "sibling", "solution", "answer":
+        assert row[f"context/{name}"] * 8 == origins.count(name)
 
 
 def test_gradient_checkpointing_recomputes_the_layers(root, tmp_path, monkeypatch):
     """That it changes no result is the case "recomputed layers" above."""
-    forwards = {}
-    for recompute in (False, True):
-        count = forwards.setdefault(recompute, [])
-        layer = type(tiny().model.layers[0].mlp)
-        original = layer.forward
+    layer, count = type(tiny().model.layers[0].mlp), collections.Counter()
+    forward = layer.forward
+    for recompute in False, True:
         monkeypatch.setattr(layer, "forward", lambda self, x: (
-            torch.is_grad_enabled() and count.append(1), original(self, x))[1])
+            count.update({recompute: torch.is_grad_enabled()}), forward(self, x))[1])
         run(root, tmp_path / str(recompute), gradient_checkpointing=recompute)
-        monkeypatch.undo()
-    assert len(forwards[True]) == 2 * len(forwards[False]) > 0
+    assert count[True] == 2 * count[False] > 0 and antisd.Config("m").gradient_checkpointing
 
 
 def test_warm_up_steps_are_grpos_bit_for_bit_and_the_next_one_is_not(root, tmp_path):
@@ -1061,35 +960,57 @@ def test_lambda_follows_the_gate_on_the_logged_entropy_of_the_same_step(root, tm
     assert {row["lam"] for row in rows[1:]} == {0.0, 0.7}    # with this seed it is open, then shut
 
 
-def strip(rows):
-    """Without what a clock or the machine decides."""
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "peak_memory_gib")
-             and not k.startswith("seconds")} for row in rows]
-
-
-def test_a_resumed_run_equals_an_uninterrupted_one_and_a_damaged_checkpoint_is_refused(root,
-                                                                                      tmp_path):
-    """The gate is resumed in its warm-up; a step done after the checkpoint is done once more."""
+def test_a_run_in_parts_equals_an_uninterrupted_one_whatever_befell_it(root, tmp_path):
+    """A checkpoint that was cut, one that was not finished, a full disk, model/ moved and linked
+    back. The gate is resumed in its warm-up; a step after the checkpoint is done once more."""
     flags = dict(warmup_steps=4, updates_per_batch=2, eval_dataset=str(root / "train.jsonl"))
     run(root, tmp_path / "whole", steps=5, **flags)
-    parts = tmp_path / "parts"
+    parts, model, elsewhere = (tmp_path / name for name in ("parts", "parts/model", "elsewhere"))
     run(root, parts, steps=4, save_every=1, **flags)
     older, newest = antisd.checkpoints(parts)            # two stay
     assert (older.name, newest.name) == ("step-000003", "step-000004")
-    shard = next(newest.glob("__0_*"))
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1                      # one bit
-    shard.write_bytes(content)
+    assert len({file.stat().st_mode for file in model.iterdir()}) == 1
     with open(parts / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "rew')                   # a kill cut this line
-    resumed = flags | dict(steps=5, save_every=2, resume=True)
-    refuse(lambda: run(root, parts, **resumed), "step-000004 is damaged", "delete")
-    (newest / "progress.json").unlink()                  # as if killed while saving
+    resumed = flags | dict(steps=5, save_every=1, resume=True)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))       # the longest file
+    try:
+        refuse(lambda: run(root, parts, **resumed), "cannot write", "step-000005")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    shard = next(newest.glob("__0_*"))
+    os.truncate(shard, shard.stat().st_size // 2)
+    refuse(lambda: run(root, parts, **resumed), "step-000004 cannot be loaded", "delete")
+    (newest / ".metadata").unlink()                      # as if killed while saving
+    model.rename(elsewhere)
+    model.symlink_to(elsewhere)
     run(root, parts, **resumed)
-    assert same(weights(tmp_path / "whole/model"), weights(parts / "model"))
+    assert same(weights(tmp_path / "whole/model"), weights(elsewhere)) and model.is_symlink()
     for name in "metrics.jsonl", "samples.jsonl":
         assert strip(read(tmp_path / "whole" / name)) == strip(read(parts / name))
     assert [row["step"] for row in read(parts / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5]
+
+
+def test_offload_changes_no_bit_of_a_run_or_of_one_that_is_resumed_or_continued(root, tmp_path,
+                                                                                 monkeypatch):
+    policies, fully_shard = set(), antisd.fsdp.fully_shard
+    monkeypatch.setattr(antisd.fsdp, "fully_shard", lambda module, **options: (
+        policies.add(type(options.get("offload_policy"))), fully_shard(module, **options)))
+
+    def go(name, steps=3, **flags):
+        policies.clear()
+        rows = run(root, tmp_path / name, **dict(steps=steps, save_every=1, lr=1e-2, warmup_steps=1,
+                                                 **flags))
+        assert policies == {CPUOffloadPolicy if flags["offload"] else type(None)}
+        return strip(rows), [v.tolist() for v in weights(tmp_path / name / "model").values()]
+    plain = go("plain", offload=False)
+    assert go("offload", offload=True) == plain
+    for first in False, True:
+        go(f"resumed {first}", steps=2, offload=first)
+        assert go(f"resumed {first}", offload=not first, resume=True) == plain
+    assert (go("on", offload=True, init_from=str(tmp_path / "plain"))
+            == go("off", offload=False, init_from=str(tmp_path / "offload")))
 
 
 def test_init_from_keeps_weights_optimizer_and_data_position_and_starts_step_and_gate_anew(
@@ -1107,56 +1028,84 @@ def test_init_from_keeps_weights_optimizer_and_data_position_and_starts_step_and
     assert (group["lr"], group["weight_decay"]) == (2e-30, 0.02)
 
 
-def test_three_updates_that_are_not_finite_end_the_run(root, tmp_path):
+def test_three_updates_that_are_not_finite_end_the_run(root, tmp_path, monkeypatch):
+    monkeypatch.setitem(antisd.METHODS, "nan", lambda u: u * math.nan)
+    refuse(lambda: run(root, tmp_path, method="nan", steps=9, save_every=1),
+           "three updates in a row were not finite, up to step 2", "checkpoint is none")
+    assert [row["skipped_updates"] for row in read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    for name in "metrics.jsonl", "samples.jsonl":
+        assert "NaN" not in (tmp_path / name).read_text()        # JSON has null
+
+
+def test_nan_is_never_drawn_from(root, tmp_path):
     model = tiny()
     with torch.no_grad():
-        next(model.parameters())[END] = float("nan")     # END stands in every prompt
+        next(model.parameters())[END] = math.nan         # END stands in every prompt
     poisoned = save(model, tmp_path / "poisoned")
-    refuse(lambda: run(root, tmp_path / "run", model=poisoned, steps=9, save_every=1),
-           "three updates in a row were not finite, up to step 2", "checkpoint is none")
-    rows = read(tmp_path / "run/metrics.jsonl")
-    assert [row["skipped_updates"] for row in rows] == [1, 2, 3]
-    for name in "metrics.jsonl", "samples.jsonl":
-        assert "NaN" not in (tmp_path / "run" / name).read_text()    # JSON has null
+    refuse(lambda: run(root, tmp_path / "run", model=poisoned), "logits are NaN")
+    logits = torch.tensor([[0.0, -math.inf], [1.0, 2.0]])
+    assert antisd.refuse_nan(None, logits) is logits     # a token may be impossible
+    logits[1] = math.nan                                 # one row is enough
+    refuse(lambda: antisd.refuse_nan(None, logits), "NaN")
+
+
+def test_a_tracker_gets_every_line_and_one_run_however_often_it_is_resumed(root, tmp_path,
+                                                                           monkeypatch):
+    calls, begun, held_out = [], [], str(root / "train.jsonl")
+
+    def noting(name):
+        return lambda *args, **options: calls.append((name, args, options))
+    monkeypatch.setitem(sys.modules, "trackio", types.SimpleNamespace(
+        __spec__=True, **{name: noting(name) for name in ("init", "log", "finish")}))
+    for steps in 2, 3:
+        calls.clear()
+        rows = run(root, tmp_path, tracker="trackio", steps=steps, eval_dataset=held_out,
+                   save_every=1, resume=steps > 2)
+        assert [name for name, *_ in calls] == ["init", *["log"] * len(calls[1:-1]), "finish"]
+        logged = [args[0] for _, args, _ in calls[1:-1]]
+        assert logged == rows[-len(logged):] and "eval_accuracy" in rows[-1]
+        assert [options["step"] for *_, options in calls[1:-1]] == [row["step"] for row in logged]
+        begun.append(calls[0][2])
+    assert begun[0]["id"] == begun[1]["id"] and begun[1]["resume"] == "allow"
+    assert begun[1]["config"]["steps"] == 3
 
 
 def test_records_of_a_run_are_complete_and_valid_json(root, tmp_path, capsys):
     nasty = NASTY + " \u2028 \" \' </s>"
     data = write(tmp_path / "nasty.jsonl", [{"problem": nasty, "answer": "1", "solution": nasty}])
-    held_out = str(root / "train.jsonl")
-    rows = run(root, tmp_path / "run", dataset=data, eval_dataset=held_out, eval_every=2, steps=3,
-               warmup_lr_steps=4, warmup_steps=1, export_every=2)
+    rows = run(root, tmp_path / "run", dataset=data, eval_dataset=str(root / "train.jsonl"),
+               eval_every=2, steps=3, warmup_lr_steps=4, warmup_steps=1, export_every=2)
     assert [row["step"] for row in rows] == [0, 1, 2, 3]     # the last one is the evaluation alone
-    for row in rows[:3]:
-        assert set(KEYS + TEACHERS) <= set(row) and row["peak_memory_gib"] is None
-    assert [row["lr"] for row in rows[:3]] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3])
     assert ["eval_accuracy" in row for row in rows] == [True, False, True, True]
-    for row in rows[:3]:
-        took = sum(row[f"seconds/{part}"] for part in ("rollout", "score", "train"))
-        assert took <= row["length"] * 8 / row["tokens_per_s"] < took + 1
     p = rows[3]["eval_accuracy"]
     assert 0 < p < 1 and rows[3]["eval_error"] == pytest.approx((p * (1 - p) / 7)**0.5)
+    for i, row in enumerate(rows[:3]):
+        assert set(KEYS + TEACHERS) <= set(row) and row["peak_memory_gib"] is None
+        assert row["lr"] == pytest.approx(0.25e-3 * (i + 1))
+        took = sum(row[f"seconds/{part}"] for part in ("rollout", "score", "train"))
+        assert row["tokens_per_s"] == pytest.approx(row["length"] * 8 / took)
     samples = read(tmp_path / "run/samples.jsonl")
     assert {(r["problem"], r["answer"], r["step"]) for r in samples} == {(nasty, "1", 0)}
     for row in samples:
         assert len(row["tokens"]) == len(row["u"]) == len(row["teacher_entropy"])
     record = json.loads((tmp_path / "run/config.json").read_text())
     assert record["flags"]["warmup_lr_steps"] == 4 and len(record["source"]) == 64
-    assert record["torch"] == torch.__version__ and {"git", "transformers"} <= set(record)
-    names = sorted(p.name for p in (tmp_path / "run").glob("model*"))
-    assert names == ["model", "model-000002"]
-    assert not same(*(weights(tmp_path / "run" / name) for name in names))
+    assert record["torch"] == torch.__version__ and "transformers" in record
+    assert not same(*(weights(tmp_path / "run" / name) for name in ("model", "model-000002")))
     assert "step 3: held-out accuracy" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("gates, said", [
-    ([0, 0, 1, 0], "opened at step 2, shut at step 3"), ([1, 1], "was always open"),
-    ([0, 0], "never opened: no step had AntiSD's term"), ([None, None], None)])
-def test_the_last_lines_say_how_the_gate_moved(tmp_path, capsys, gates, said):
-    write(tmp_path / "metrics.jsonl", [{"step": i, "gate": g} for i, g in enumerate(gates)])
-    antisd.farewell(tmp_path)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[:-1] == ([f"the gate {said}"] if said else [])
+@pytest.mark.parametrize("gates, marks, said", [
+    ([0, 0, 1, 1, 0], [.25, None, None, .5, .75],
+     ["held-out accuracy: 0.250 before, 0.750 after", "the gate opened at step 2, shut at step 4"]),
+    ([0, 0], [None, None], ["the gate never moved"]), ([None, None], [None, None], [])])
+def test_the_last_lines_say_what_happened(root, tmp_path, monkeypatch, capsys, gates, marks, said):
+    write(tmp_path / "metrics.jsonl", [
+        {"step": i, "gate": g} | ({"eval_accuracy": mark} if mark else {})
+        for i, (g, mark) in enumerate(zip(gates, marks))])
+    monkeypatch.setattr(antisd, "export_model", lambda *args: None)
+    antisd.finish(config(root, output=str(tmp_path)), None, None, [], None)
+    assert capsys.readouterr().out.splitlines() == said
 
 
 def test_export_is_the_checkpoints_own_kind_of_folder(root, tmp_path):
@@ -1181,6 +1130,23 @@ def test_export_is_the_checkpoints_own_kind_of_folder(root, tmp_path):
         assert (out / name).read_bytes() == (Path(folder) / name).read_bytes()
 
 
+def test_every_tensor_is_exported_in_the_dtype_that_it_has_in_the_source(root, tmp_path):
+    """DeepSeek's router adds a float32 bias, in a checkpoint that is bfloat16 otherwise."""
+    model, scores = tiny("deepseek_v3").bfloat16(), []
+    gate = model.model.layers[1].mlp.gate
+    gate.e_score_correction_bias = torch.randn(4)
+    source, out = save(model, tmp_path / "source"), tmp_path / "run/model"
+    run(root, tmp_path / "run", model=source, lr=0)
+    before, after = (safetensors.torch.load_file(Path(folder) / "model.safetensors")
+                     for folder in (source, out))
+    assert {v.dtype for v in before.values()} == {torch.float32, torch.bfloat16}
+    assert same(before, after)
+    for folder in source, out:
+        policy = antisd.load_policy(str(folder), "auto", TOKENIZER)
+        scores.append(antisd.score(policy, PROMPTS, [list(range(20, 40))] * 4, 10**6)[0])
+    assert torch.equal(*scores)
+
+
 def test_compute_in_bfloat16_is_close_but_master_weights_are_float32(root):
     scores = []
     for dtype in "float32", "bfloat16":
@@ -1191,16 +1157,9 @@ def test_compute_in_bfloat16_is_close_but_master_weights_are_float32(root):
     assert 0 < (scores[0] - scores[1]).abs().max() < 0.5
 
 
-def test_the_embedded_default_trains(tmp_path, monkeypatch):
-    monkeypatch.chdir(HERE)
-    antisd.train(antisd.parse_config(["@toy/demo.args", "--steps", "1", "--eval_dataset", "",
-                                      "--max_tokens", "16", "--output", str(tmp_path / "run")]))
-    assert math.isfinite(read(tmp_path / "run/metrics.jsonl")[0]["loss"])
-
-
 # --- Two ranks: torchrun starts this file, which ends in worker() --------------------------------
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TWO = "--standalone", "--nproc-per-node", "2"
 LONG = dict(steps=10, save_every=2, lr=1e-2, warmup_steps=1, gate_stat="median", seed=3)
 
 
@@ -1225,7 +1184,7 @@ def architecture(root, kind):
         found = laws.gather(-1, torch.tensor(drawn)[..., None])[..., 0]      # seen[0]: the prompts
         scores, _ = antisd.score(policy, [p for p in prompts for _ in range(2)], drawn, 64, 0.6)
         gaps.append((found - scores).abs().max().item())
-    return norms, max(antisd.gather(max(gaps)))
+    return norms, max(antisd.all_gather(max(gaps)))
 
 
 def uneven_rollouts(root):
@@ -1241,16 +1200,17 @@ def uneven_rollouts(root):
     with antisd.gathered(policy):
         assert antisd.sample(policy, [], 1, 20) == []    # a rank may get no held-out problem
         whole = antisd.sample(policy, mine, 1, 20, 0, rollout_batch=4)
-    return [cut(row, ends) for row in references], antisd.gather(split), antisd.gather(whole)
+    expected = [cut(row, ends) for row in references]
+    return expected, antisd.all_gather(split), antisd.all_gather(whole)
 
 
 def worker(root):
     """Everything that needs two processes, in one launch; rank 0 leaves the results in root."""
     torch.set_num_threads(1)
     antisd.setup()
-    results = {name: run_case(root, name) for name in CASES if name != "two updates"}
+    results = {name: run_case(root, name) for name in TWO_RANK_CASES}
     results["uneven"] = uneven_rollouts(root)
-    results |= {kind: architecture(root, kind) for kind in ARCHITECTURES}
+    results |= {kind: architecture(root, kind) for kind in TRAINED}
     rolled, original = [], antisd.roll_out
 
     def kept(*args, **options):
@@ -1258,7 +1218,11 @@ def worker(root):
         return rolled[-1]
     antisd.roll_out = kept
     antisd.train(config(root, output=str(root / "two/whole"), **LONG))
-    results["drawn"] = antisd.gather([[(r.problem["id"], r.ids) for r in rows] for rows in rolled])
+    results["drawn"] = antisd.all_gather(
+        [[(r.problem["id"], r.ids) for r in rows] for rows in rolled])
+    half = LONG | dict(output=str(root / "two/offload"), offload=True)
+    antisd.train(config(root, **half | dict(steps=4)))
+    antisd.train(config(root, **half, resume=True))
     if dist.get_rank() == 0:
         torch.save(results, root / "two.pt")
     dist.destroy_process_group()
@@ -1266,22 +1230,27 @@ def worker(root):
 
 @pytest.fixture(scope="session")
 def two_ranks(root):
-    ended = subprocess.run([*TORCHRUN, __file__, str(root)], cwd=HERE, capture_output=True,
-                           text=True, timeout=900, env=ENV)
+    ended = subprocess.run([sys.executable, "-m", "torch.distributed.run", *TWO, __file__, root],
+                           cwd=HERE, capture_output=True, text=True, timeout=900, env=ENV)
     assert ended.returncode == 0, ended.stderr[-4000:]
     return torch.load(root / "two.pt")
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "two updates"])
+@pytest.mark.parametrize("name", TWO_RANK_CASES)
 def test_two_ranks_equal_one(root, two_ranks, name):
-    found, expected = two_ranks[name], run_case(root, name)
-    assert_equal_updates(found, expected, weights(case_config(root, name).model))
-    assert [found["mean"], found["median"]] == pytest.approx(
-        [expected["mean"], expected["median"]], rel=1e-5)
-    assert found["summary"] == pytest.approx(expected["summary"], rel=1e-4, abs=1e-6)
+    assert_equal_updates(root, name, two_ranks[name])
+    one, two = ({key: -1 if value is None else value for key, value in row.items()}
+                for row, *_ in (run_case(root, name), two_ranks[name]))
+    assert two == pytest.approx(one, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_offload_changes_no_bit_on_two_ranks(root, two_ranks):
+    whole, offload = root / "two/whole", root / "two/offload"
+    assert same(weights(whole / "model"), weights(offload / "model"))
+    assert strip(read(whole / "metrics.jsonl")) == strip(read(offload / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize("kind", TRAINED)
 def test_every_architecture_trains_and_agrees_with_its_rollouts_on_two_ranks(root, two_ranks, kind):
     norms, gap = two_ranks[kind]
     assert len(norms) == 4 and all(norm < math.inf for norm in norms) and norms[1] > 0
@@ -1316,7 +1285,7 @@ def test_ranks_share_problems_draw_different_responses_and_obey_one_gate(root, t
 
 def ranks_of(folder):
     """Processes that name this folder on their command line, launchers left out."""
-    shown = subprocess.run(["ps", "-ww", "-eo", "pid=,args="], capture_output=True, text=True).stdout
+    shown = subprocess.check_output(["ps", "-ww", "-eo", "pid=,args="], text=True)
     return [int(line.split()[0]) for line in shown.splitlines()
             if str(folder) in line and "torch.distributed.run" not in line]
 
@@ -1328,12 +1297,15 @@ def wait_for(condition, seconds=300):
         time.sleep(0.02)
 
 
-def long_run(root, out):
-    """The command of the run in `out`, without its launcher."""
+def launch(root, out, *options):
+    """Starts the run in `out` under torchrun."""
     flags = dataclasses.asdict(config(root, output=str(out), **LONG))
     default = antisd.Config(model="m")
-    return ["antisd.py", "--resume", *(word for key, value in flags.items()
-            if value != getattr(default, key) for word in (f"--{key}", str(value)))]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, "antisd.py", "--resume",
+               *(word for key, value in flags.items() if value != getattr(default, key)
+                 for word in (f"--{key}", str(value)))]
+    return subprocess.Popen(command, cwd=HERE, env=ENV, text=True, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE)
 
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
@@ -1354,13 +1326,8 @@ def test_killed_at_any_moment_resumed_on_any_number_of_ranks(root, two_ranks, tm
     """kill -9 of a rank, then of torchrun itself: no rank is left, and the run that goes on ends
     like the one that nobody killed, bit for bit. Then one rank goes on with what two have saved."""
     whole, out = root / "two/whole", tmp_path / "run"
-    command = [*TORCHRUN, *long_run(root, out)]
-
-    def start():
-        return subprocess.Popen(command, cwd=HERE, env=ENV, text=True, stdout=subprocess.DEVNULL,
-                                stderr=subprocess.PIPE)
     for least in 3, 6:
-        started = start()
+        started = launch(root, out, *TWO)
         wait_for(lambda: len(antisd.read_lines(out / "metrics.jsonl")) >= least
                  or started.poll() is not None)
         ranks = ranks_of(out)
@@ -1371,13 +1338,13 @@ def test_killed_at_any_moment_resumed_on_any_number_of_ranks(root, two_ranks, tm
             os.kill(ranks[1], signal.SIGKILL)
             os.kill(ranks[0], signal.SIGCONT)
         else:
-            second = start().communicate(timeout=300)[1]
+            second = launch(root, out, *TWO).communicate(timeout=300)[1]
             assert second.count("error: ") == 1 and "another process is at work" in second
             os.kill(started.pid, signal.SIGKILL)
         started.communicate(timeout=300)
         wait_for(lambda: not ranks_of(out), 20)
         assert started.returncode != 0
-    ended = start()
+    ended = launch(root, out, *TWO)
     error = ended.communicate(timeout=300)[1]
     assert ended.returncode == 0, error[-4000:]
     assert same(weights(whole / "model"), weights(out / "model"))
@@ -1395,28 +1362,255 @@ def test_two_machines_one_of_them_lost_then_resumed_equal_one(root, two_ranks, t
     again, the run ends like that of one launcher with two ranks, bit for bit."""
     whole, out = root / "two/whole", tmp_path / "run"
 
-    def start(port):
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2",
-                   "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint",
-                   f"localhost:{port}", *long_run(root, out)]
-        return [subprocess.Popen(command, cwd=HERE, env=ENV, text=True, stdout=subprocess.DEVNULL,
-                                 stderr=subprocess.PIPE) for _ in range(2)]
-
-    def free_port():
+    def start():
         with socket.create_server(("localhost", 0)) as server:
-            return server.getsockname()[1]
-    first, second = start(free_port())
+            port = server.getsockname()[1]               # is free
+        return [launch(root, out, "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend",
+                       "c10d", "--rdzv-endpoint", f"localhost:{port}") for _ in range(2)]
+    first, second = start()
     wait_for(lambda: len(antisd.read_lines(out / "metrics.jsonl")) >= 3)
     second.kill()
     first.communicate(timeout=300)
     assert first.returncode == 1
     wait_for(lambda: not ranks_of(out), 20)
     assert 3 <= len(read(out / "metrics.jsonl")) < LONG["steps"]
-    for agent in start(free_port()):
+    for agent in start():
         error = agent.communicate(timeout=300)[1]
         assert agent.returncode == 0, error[-4000:]
     assert same(weights(whole / "model"), weights(out / "model"))
     assert strip(read(whole / "metrics.jsonl")) == strip(read(out / "metrics.jsonl"))
+
+
+# --- Bad input: one line and exit code 2, before any weights are read ----------------------------
+
+
+def main_on(monkeypatch, capsys, *words, name="antisd.py", run=antisd.train, kind=antisd.Config):
+    """The command line, in this process -> exit code, lines of stderr."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        antisd.main(run, kind)
+    return end.value.code, [line for line in capsys.readouterr().err.splitlines() if line]
+
+
+def variant(root, name, template=TEMPLATE, weights=1.0, **settings):
+    """The tiny qwen3 with another template, other settings in its config.json, or a part of its
+    weights' file."""
+    folder = shutil.copytree(root / "qwen3", root / name, dirs_exist_ok=True)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    file = folder / "model.safetensors"
+    os.truncate(file, int(file.stat().st_size * weights))
+    return ["--model", folder]
+
+
+def of_kind(root, kind, **settings):
+    """A configuration without weights."""
+    common = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                  num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512)
+    AutoConfig.for_model(kind, **common | settings).save_pretrained(root / kind)
+    TOKENIZER.save_pretrained(root / kind)
+    return ["--model", root / kind]
+
+
+def row_of(root, **row):
+    """A data set whose second row is this one."""
+    return ["--dataset", write(root / "wrong.jsonl", [ROW, row])]
+
+
+ROW = {"problem": "a n1", "answer": "1"}
+ROPE = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 8, long_factor=[4.0] * 8,
+            original_max_position_embeddings=256)
+BAD_INPUT = [   # flags, or a function of root that makes them; what the line must say
+    ("--model=", "--model is required"), ("--method dpo", "dpo"), ("--lr -1", "--lr"),
+    ("--group_size 1", "--group_size"), ("--temperature 0", "--temperature"),
+    ("--temperature nan", "--temperature"),
+    ("--lam nan", "--lam"), ("--eval_every 0", "--eval_every"), ("--lamb 0.3", "--lamb"),
+    ("--max_token 3", "--max_token"), ("--steps many", "many"), ("--steps 0", "--steps"),
+    ("stray", "stray"), ("@nowhere.args", "nowhere.args"), ("--warmup_steps 0", "--tau_down 0"),
+    ("--tracker comet", "comet"),
+    ("--chat_template_kwargs [1]", "JSON object"), ("--chat_template_kwargs {", "JSON object"),
+    ('--chat_template_kwargs {"thnk":false}', "thnk"),
+    ("--updates_per_batch 3", "--updates_per_batch"), ("--max_tokens 500", "context (512)"),
+    ("--max_prompt_tokens 5", "--max_prompt_tokens"), ("--init_from nothing", "no checkpoint"),
+    ("--model nobody/nothing", "nobody/nothing"), ("--dataset nobody/nothing", "nobody/nothing"),
+    ("--dataset missing.jsonl", "No such file"), ("--dataset missing.parquet", "missing.parquet"),
+    (lambda root: [f"@{root}/q.args"], "quotation"),
+    (lambda root: variant(root, "raises", "{{ raise_exception('no') }}"), "no"),
+    (lambda root: variant(root, "syntax", "{% for m in messages %}"), "endfor"),
+    (lambda root: variant(root, "base", None), "chat"),
+    (lambda root: variant(root, "fp8", quantization_config={"quant_method": "fp8"}), "quantized"),
+    (lambda root: variant(root, "unknown", model_type="foo"), "foo"),
+    (lambda root: variant(root, "more", num_hidden_layers=3, layer_types=["full_attention"] * 3),
+     "fitting weights for model.layers.2"),
+    (lambda root: variant(root, "wide", intermediate_size=40), "fitting weights for ('model."),
+    (lambda root: variant(root, "cut", weights=0.5), "cut cannot be loaded"),
+    (lambda root: variant(root, "short", vocab_size=V - 1), "more tokens than its embedding"),
+    (lambda root: of_kind(root, "gemma2", head_dim=16), "logits after lm_head"),
+    (lambda root: of_kind(root, "granite", logits_scaling=8.0), "logits after lm_head"),
+    (lambda root: of_kind(root, "minimax", num_local_experts=2, num_experts_per_tok=1), "cache"),
+    (lambda root: [*of_kind(root, "phi3", pad_token_id=0, rope_parameters=ROPE,
+                            original_max_position_embeddings=256), "--max_tokens", 300], "context"),
+    (lambda root: row_of(root, text="p", label="1"), "row 2"),
+    (lambda root: row_of(root, problem="x \ud800", answer="1"), "row 2"),
+    (lambda root: row_of(root, problem="x", answer="1", solution="\ud800"), "row 2")]
+
+@pytest.mark.parametrize("given, fragment", BAD_INPUT, ids=[text for _, text in BAD_INPUT])
+def test_what_the_user_can_mend_costs_one_line(root, tmp_path, monkeypatch, capsys, given,
+                                               fragment):
+    (root / "q.args").write_text("--output don't")
+    words = given(root) if callable(given) else given.split(" ")
+    if not re.search("fitting|loaded", fragment):        # only the weights' file can tell these
+        monkeypatch.setattr(antisd, "load_policy", lambda *args: pytest.fail("weights were read"))
+    code, lines = main_on(
+        monkeypatch, capsys, "--model", root / "qwen3", "--dataset", root / "train.jsonl",
+        "--max_tokens", 12, "--problems_per_step", 4, "--group_size", 2, "--output", tmp_path,
+        *words)
+    assert code == 2 and len(lines) == 1 and len(lines[0]) < 700
+    assert lines[0].startswith("antisd.py: error: ") and fragment in lines[0]
+
+
+def test_a_failed_start_holds_nothing_and_programmers_mistakes_keep_their_traceback(
+        root, tmp_path, monkeypatch, capsys):
+    for _ in range(2):
+        code, lines = main_on(monkeypatch, capsys, "--model", "nobody/nothing", "--output",
+                              tmp_path)
+        assert code == 2 and len(lines) == 1 and "nobody/nothing" in lines[0]
+    with pytest.raises(ZeroDivisionError):
+        monkeypatch.setattr(sys, "argv", ["antisd.py", "--model", "m", "--output", str(tmp_path)])
+        antisd.main(lambda cfg: 1 / 0)
+    out, model = str(tmp_path / "run"), str(root / "qwen3")
+    for place, name, error, call in (
+            (antisd, "student_messages", KeyError, lambda: run(root, out)),
+            (antisd, "is_correct", NameError, lambda: run(root, out)),
+            *((AutoModelForCausalLM, "from_pretrained", error,
+               lambda: antisd.load_policy(model, "auto", TOKENIZER))
+              for error in (torch.OutOfMemoryError, RuntimeError))):
+        def broken(*args, error=error, **options):
+            raise error("a mistake")
+        with monkeypatch.context() as patch, pytest.raises(error, match="a mistake") as caught:
+            patch.setattr(place, name, broken)
+            call()
+        assert type(caught.value) is error
+
+
+def test_the_command_in_a_process_of_its_own(root, tmp_path):
+    """A terminal that does not know what the model writes, RANK left behind by a scheduler, a home
+    folder, a byte order mark, nanoseconds as the seed: the run ends well. Bad input: one line."""
+    said = TOKENIZER.convert_tokens_to_ids(["<assistant>", "n39", "<end>"])
+    folder = Path(save(says(*said), tmp_path / "model"))
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text().replace('"n39"', '"\u221a"'))       # a square root
+    (tmp_path / "f.args").write_text("\ufeff--output=~/run --steps 1  # no more\n", "utf-8")
+
+    def start(*words):
+        return subprocess.run(
+            [sys.executable, "antisd.py", "--model", folder, f"@{tmp_path}/f.args", "--seed",
+             str(time.time_ns()), "--max_tokens", "9", "--problems_per_step", "1", *words],
+            cwd=HERE, capture_output=True, text=True, encoding="latin-1",
+            env=ENV | {"PYTHONIOENCODING": "latin-1", "RANK": "0", "HOME": str(tmp_path)})
+    ended = start("--dataset", str(root / "train.jsonl"))
+    assert ended.returncode == 0, ended.stderr
+    assert "[step 0, reward 0] ?" in ended.stdout
+    assert read(tmp_path / "run/samples.jsonl")[0]["response"] == "\u221a"
+    ended = start("--resume", *row_of(tmp_path, problem="no answer"))
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "row 2" in ended.stderr
+
+
+def test_flags_take_both_spellings_and_files_with_comments_and_defaults_are_the_papers(tmp_path):
+    cfg = antisd.Config(model="m")
+    assert (cfg.lam, cfg.warmup_steps, cfg.tau_down, cfg.lr, cfg.steps) == (0.5, 5, 0.93, 1e-6, 200)
+    assert (cfg.problems_per_step, cfg.group_size, cfg.temperature, cfg.clip) == (32, 8, 1.0, 0.2)
+    assert (cfg.method, cfg.compose, cfg.gate_stat, cfg.gate_source, cfg.loss_agg, cfg.max_tokens,
+            cfg.updates_per_batch) == ("antisd", "add", "mean", "teacher", "token", 32768, 1)
+    for field in dataclasses.fields(cfg):
+        if field.name != "tracker":                      # may not be installed
+            given = getattr(field.type, "__args__", [getattr(cfg, field.name)])[-1]
+            for name in {field.name, field.name.replace("_", "-")}:
+                words = [f"--{name}"] if field.type is bool else [f"--{name}", str(given)]
+                found = getattr(antisd.parse_config(["--model", "m", *words]), field.name)
+                assert found == (True if field.type is bool else given)
+    file = tmp_path / "run.args"
+    file.write_text("# a comment\n--model 'two words'  # another\n\n--lam 0.25 --max-tokens 7\n")
+    cfg = antisd.parse_config([f"@{file}", "--seed", "4"])
+    assert (cfg.model, cfg.lam, cfg.max_tokens, cfg.seed) == ("two words", 0.25, 7, 4)
+    assert antisd.parse_config([f"@{HERE}/toy/demo.args"]).model == "toy/model"
+
+
+def test_long_problems_are_dropped_and_counted(root, tmp_path, capsys):
+    rows = [{"problem": p, "answer": "1"} for p in ("a", "a " * 90, "b")]
+    cfg = config(root, dataset=write(tmp_path / "d.jsonl", rows), max_prompt_tokens=50,
+                 output=str(tmp_path / "run"))
+    _, _, longest, problems, held_out = antisd.prepare(cfg, 1)
+    assert [p["problem"] for p in problems] == ["a", "b"] and held_out == []
+    assert "1 of 3" in capsys.readouterr().out and longest == 512 - 12
+    refuse(lambda: antisd.prepare(cfg, 3), "--problems_per_step", "3")
+
+
+def test_a_folder_holds_one_run_with_one_set_of_settings_and_data(root, tmp_path, monkeypatch,
+                                                                  capsys):
+    rows = [ROW | {"problem": f"a n{i}", "solution": "so"} for i in range(4)]
+    data = write(tmp_path / "d.jsonl", rows)
+    flags = dict(method="grpo", dataset=data)
+    refuse(lambda: run(root, tmp_path / "run", **flags | dict(dataset="nobody/nothing")), "nobody")
+    [row] = run(root, tmp_path / "run", resume=True, **flags)
+    assert "holds no checkpoint" in capsys.readouterr().out
+    assert not row["lam"] and {row[key] for key in (*TEACHERS, "gate", "h_warm")} == {None}
+    refuse(lambda: run(root, tmp_path / "run", **flags), "already holds a run", "--resume")
+    flags["resume"] = True
+    refuse(lambda: run(root, tmp_path / "run", **flags | dict(method="sd")), "method")
+    for change in dict(answer="9"), dict(solution="other"), dict(problem="new"):
+        write(tmp_path / "d.jsonl", [rows[0] | change, *rows[1:]])
+        refuse(lambda: run(root, tmp_path / "run", **flags), "other settings")
+    (tmp_path / "own/model").mkdir(parents=True)         # somebody's, which export would replace
+    refuse(lambda: run(root, tmp_path / "own", **flags), "own holds no run")
+
+
+def says(*chain):
+    """A real model that answers the last of its prompt's tokens with the next of `chain`, and so
+    on: one-hot embeddings, silent layers, and a head that holds the chain."""
+    model = tiny("llama", hidden_size=128, num_key_value_heads=2)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(V, 128))
+        model.lm_head.weight.zero_()
+        for now, following in zip(chain, chain[1:]):
+            model.lm_head.weight[following, now] = 100.0
+    return model
+
+
+@pytest.mark.parametrize("special", [(), ("<think>", "</think>")])
+@pytest.mark.parametrize("said, reward", [
+    (["<think>", "so \\boxed{1}", "n1", "<end>"], 0.0),              # the prompt opened it
+    (["<think>", "so \\boxed{1}", "</think>", "n1", "<end>"], 0.0),  # a draft's box
+    (["<think>", "n2", "</think>", "so \\boxed{1}", "<end>"], 1.0),
+    (["<assistant>", "so \\boxed{1}", "<think>", "n1", "<end>"], 0.0),           # open again
+    (["<assistant>", "<think>", "so \\boxed{1}", "</think>", "\\boxed{0}", "<end>"], 0.0),
+    (["<assistant>", "so \\boxed{1}", "<end>"], 1.0)])
+def test_a_thought_earns_nothing_and_is_never_shown(special, said, reward):
+    tokenizer = make_tokenizer(special)
+    policy = antisd.Policy(says(*tokenizer.convert_tokens_to_ids(said)), {END})
+    prompt = antisd.render(tokenizer, antisd.student_messages("a"), {"think": said[0] == "<think>"})
+    problem = {"id": 0, "problem": "a", "answer": "1", "solution": None, "prompt": prompt}
+    rollouts = antisd.roll_out(policy, tokenizer, [problem], 2, max_tokens=8)
+    assert [r.reward for r in rollouts] == [reward] * 2
+    assert tokenizer.convert_ids_to_tokens(rollouts[0].ids) == said[1:]
+    (shown, source), _ = antisd.pick_solutions(rollouts, random.Random(0))
+    assert source == ("sibling" if reward else "answer") and "think" not in shown
+
+
+@pytest.mark.parametrize("template", [
+    "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}",
+    '{% macro head() %}{{ strftime_now( "%Y-%m-%d" ) }}{% endmacro %}{{ head() }} <user>'])
+def test_the_clock_of_a_template_stands_still(root, monkeypatch, template):
+    tokenizer, *_ = antisd.load_tokenizer(str(variant(root, "clock", template)[1]), {})
+    shown = tokenizer.apply_chat_template(antisd.student_messages("a"), tokenize=False)
+    assert shown.startswith("01 Jan 2026")
 
 
 # --- The source and the README keep their promises -----------------------------------------------
@@ -1429,6 +1623,18 @@ def test_one_log_softmax_one_template_and_every_flag_is_read():
     assert used["apply_chat_template"] == 1
     for field in dataclasses.fields(antisd.Config):
         assert re.search(rf"\b(cfg|self)\.{field.name}\b", SOURCE), f"--{field.name} is dead"
+
+
+def test_what_is_imported_is_in_the_requirements():
+    names = {re.match(r"[\w-]+", line)[0].replace("-", "_")
+             for line in (HERE / "requirements.txt").read_text().splitlines()}
+    for file in "antisd.py", "eval.py":
+        for node in ast.walk(ast.parse((HERE / file).read_text(encoding="utf-8"))):
+            found = ([alias.name for alias in node.names] if isinstance(node, ast.Import)
+                     else [node.module] if isinstance(node, ast.ImportFrom) else [])
+            for name in found:
+                name = name.split(".")[0]
+                assert name in {*sys.stdlib_module_names, "antisd", *names}, name
 
 
 def test_what_the_readme_names_exists():
