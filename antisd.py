@@ -127,9 +127,9 @@ GATED = ("antisd", "antisd_kl", "no_teacher")    # our choice: the sd arms act f
 def token_advantages(seq_advantages, u, lam, method="antisd", compose="add"):
     """Every token's advantage, Eq. (2): A_t = A_seq + lambda * sg[delta(u_t)].
 
-    seq_advantages (N,), u (N, T) in nats, lam >= 0; returns (N, T) without gradient. With lam = 0
-    this is GRPO. compose="mul" is Table 3's A_seq * (1 + lambda * delta). That product is 0 where
-    all responses of a group are right or all are wrong; the sum still acts there.
+    seq_advantages (N,), u (N, T) in nats, lam >= 0 a number or (N, 1); returns (N, T) without
+    gradient. lam = 0 is GRPO. compose="mul" is Table 3's A_seq * (1 + lambda * delta). The product
+    is 0 where all responses of a group are right or all are wrong; the sum still acts there.
     """
     delta = METHODS[method](u.detach())
     a_seq = seq_advantages.detach()[:, None]
@@ -420,9 +420,8 @@ def sample(policy, prompts, group_size, max_tokens, temperature=1.0, top_p=1.0, 
 
     prompts: lists of ids. Returns len(prompts) * group_size lists of ids, groups consecutive, each
     up to and including its first end-of-sequence id, or max_tokens long. temperature 0 is greedy.
-    rollout_batch > 0: decode at most so many responses at once, rounded down to whole groups, but
-    at least one group. sharded: the weights stay split over the ranks, so that every rank decodes
-    until the last rank has finished.
+    rollout_batch: at most so many are decoded at once, in whole groups, at least one; 0: as many as
+    a cache of 2^18 tokens holds. sharded: the weights stay split, so every rank decodes to the end.
     """
     policy.eval()        # in train mode, gradient checkpointing makes generate() drop its cache
     # generate()'s own default is top_k=50, which would truncate the distribution
@@ -431,7 +430,8 @@ def sample(policy, prompts, group_size, max_tokens, temperature=1.0, top_p=1.0, 
                     logits_processor=[refuse_nan])
     if temperature > 0:
         settings |= dict(temperature=temperature, top_p=top_p)
-    size = max(1, rollout_batch // group_size) if rollout_batch else max(1, len(prompts))
+    most = rollout_batch or 2**18 // (max_tokens + max(map(len, prompts), default=0))
+    size = max(1, most // group_size)
     batches = [prompts[i:i + size] for i in range(0, len(prompts), size)]
     if sharded:          # one stride: a rank that stops after fewer would leave the others waiting
         batches, stride = as_many_everywhere(batches), max_tokens
@@ -540,7 +540,7 @@ def train(cfg):
     # our choice: the mean; the paper takes the median, which is near 0 in a chain of thought
     pool = {"mean": global_mean, "median": global_median}[cfg.gate_stat]
     gate_reads_student = cfg.method in GATED and cfg.gate_source == "student"
-    # Is s of the whole batch needed before the first gradient? True, if an idea of yours needs it.
+    # Write True if an idea of yours compares s, u or H_S with the whole batch, all_gather()ed.
     s_first = gate_reads_student or cfg.updates_per_batch > 1
     bar = tqdm(range(progress["step"], cfg.steps), initial=progress["step"], total=cfg.steps,
                disable=rank > 0, dynamic_ncols=True)
@@ -565,10 +565,9 @@ def train(cfg):
         mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]    # (N, T)
         a_seq = group_advantages(rewards, cfg.group_size)                            # (N,)
 
-        # line 3: log pi_T(y_t) and the teacher's entropies H_T: the same weights, c in the prompt.
-        # s, H_S and u stay zero until line 9's loop fills them, or here if s_first.
-        s, t, u, H_S, H_T = torch.zeros(5, *mask.shape, device=device)               # (N, T) each
-        origins = []                                     # where each c came from
+        # line 3: log pi_T(y_t) and the teacher's entropies H_T: the same weights, c in the prompt
+        t, H_T = torch.zeros(2, *mask.shape, device=device)                          # (N, T) each
+        s, u, H_S, origins = None, None, None, []        # unknown yet; origins: of each c
         with timer("score", metrics):
             if cfg.method != "grpo":                     # grpo has no teacher; its delta ignores u
                 prompts_T, origins = teacher_prompts(tokenizer, rollouts, cfg.group_size,
@@ -577,9 +576,9 @@ def train(cfg):
                 t, H_T = score(policy, prompts_T, responses, cfg.micro_tokens, cfg.temperature)
             if cfg.method == "no_teacher":
                 t = torch.zeros_like(t)
-            if s_first:          # below, u and H_S may be compared with thresholds over all ranks
+            if s_first:                                                              # lines 2, 4
                 s, H_S = score(policy, prompts, responses, cfg.micro_tokens, cfg.temperature)
-                u = t - s
+                u = t - s        # where u is set to 0, a token has no AntiSD term
 
         # lines 6 and 7: one H over the tokens of all ranks, so that all ranks have the same gate
         lam = cfg.lam
@@ -597,6 +596,8 @@ def train(cfg):
         weights = token_weights(mask, truncated, cfg.loss_agg, cfg.mask_truncated)   # (N, T)
         widths = [len(p) + len(y) for p, y in zip(prompts, responses)]
         losses, norms, size = [], [], len(rollouts) // cfg.updates_per_batch
+        if not s_first:                                  # the loop fills them
+            s, u, H_S = torch.zeros(3, *mask.shape, device=device)
         policy.train(cfg.gradient_checkpointing)         # whether layers recompute in backward
         with timer("train", metrics):
             for start in range(0, len(rollouts), size):                              # one update
@@ -611,8 +612,7 @@ def train(cfg):
                     if not s_first:
                         s[at], H_S[at] = logp.detach(), H                            # line 2
                         u[at] = t[at] - s[at]                                        # line 4
-                    A = token_advantages(a_seq[rows], u[at], lam, cfg.method,        # lines 5, 8
-                                         cfg.compose)    # where idle, (0, 1): an empty sum below
+                    A = token_advantages(a_seq[rows], u[at], lam, cfg.method, cfg.compose)  # 5, 8
                     loss = policy_loss(logp, s[at], A, weights[at], total_weight or 1.0, cfg.clip)
                     (loss * world).backward()            # FSDP averages over ranks; this undoes it
                     loss_sum += loss.item()
@@ -651,12 +651,13 @@ class InputError(ValueError):
 
 @contextmanager
 def one_line(what, *errors):
-    """Turns an error about a file, a value or of the types `errors` into an InputError. Any other
-    type is a mistake in the program, or in a fork of it, and keeps its traceback."""
+    """Turns errors of these types (default: OSError, ValueError) into an InputError. Any other is a
+    mistake in the program, or in a fork of it, and keeps its traceback."""
     try:
         yield
-    except (OSError, ValueError, *errors) as error:
-        raise InputError(f"{what}: {' '.join(str(error).split())[:300]}") from error
+    except errors or (OSError, ValueError) as error:
+        reason = f"{error} {error.__cause__ or ''}"
+        raise InputError(f"{what}: {' '.join(reason.split())[:300]}") from error
 
 
 def flag(default, text):
@@ -664,7 +665,7 @@ def flag(default, text):
 
 
 def template_variables(text):
-    with one_line("--chat_template_kwargs must be a JSON object", TypeError):
+    with one_line("--chat_template_kwargs must be a JSON object", TypeError, ValueError):
         return dict(**json.loads(text))
 
 
@@ -689,7 +690,7 @@ class Config:
     group_size: int = flag(8, "responses per problem, a group (Table 5)")
     max_tokens: int = flag(32768, "longest response, in tokens (Table 5)")
     temperature: float = flag(1.0, "of rollouts; scoring divides by it too (Table 5)")
-    rollout_batch: int = flag(0, "most responses decoded at once on a rank, whole groups; 0: all")
+    rollout_batch: int = flag(0, "most responses decoded at once; 0: a cache of 2^18 tokens")
     sampler: Literal["generate", "sharded"] = flag(
         "generate", "sharded: decode with split weights; slow, for models beyond one GPU")
     # the update
@@ -874,13 +875,13 @@ def load_problems(path, split=None, limit=None, config=None):
 
 def read_rows(path, split, config):
     """The raw rows. JSON is read here: errors name the line, and a column may mix types."""
-    with one_line(f"cannot load the data set {path}", RuntimeError, EOFError,
+    with one_line(f"cannot load the data set {path}", OSError, ValueError, RuntimeError, EOFError,
                   datasets.exceptions.DatasetsError):
         if path.endswith(".jsonl"):
             with open(path, "rb") as lines:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
-                        with one_line(f"line {number} is not JSON"):
+                        with one_line(f"line {number} is not JSON", ValueError):
                             row = json.loads(line)
                         yield row
         elif path.endswith(".json"):
@@ -1057,7 +1058,7 @@ def save(cfg, policy, optimizer, progress, model_folder):
     if due and not progress["failures"]:
         model, optim = dcp_state.get_state_dict(policy, optimizer)
         target = folder / "checkpoints" / f"step-{step:06d}"
-        with one_line(f"cannot write {target}", RuntimeError, dcp.CheckpointException):
+        with one_line(f"cannot write {target}", OSError, RuntimeError, dcp.CheckpointException):
             dcp.save({"model": model, "optimizer": optim, "progress": json.dumps(progress)},
                      checkpoint_id=target)
         if dist.get_rank() == 0:
@@ -1076,7 +1077,7 @@ def restore(cfg, policy, optimizer, progress):
         model, optim = dcp_state.get_state_dict(policy, optimizer)
         state = {"model": model, "optimizer": optim, "progress": ""}
         with one_line(f"{found[-1]} cannot be loaded: damaged (delete it), or of another --model",
-                      RuntimeError, dcp.CheckpointException):
+                      OSError, ValueError, RuntimeError, dcp.CheckpointException):
             dcp.load(state, checkpoint_id=found[-1])
         dcp_state.set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
         old = json.loads(state["progress"])
@@ -1095,7 +1096,7 @@ def export_model(folder, policy, model_folder):
     if dist.get_rank() == 0:
         model = policy.model
         named = [*model.named_parameters(), *model.named_buffers()]      # tied ones once
-        with one_line(f"cannot write {folder}"):
+        with one_line(f"cannot write {folder}", OSError, SafetensorError):
             model.save_pretrained(folder, state_dict={
                 name: x.to(policy.dtypes[name]) for name, _ in named
                 if (x := state.get(f"model.{name}")) is not None})
@@ -1170,7 +1171,7 @@ def only_lm_head(model):
 
 def load_policy(name, dtype, tokenizer):
     """A Policy on the CPU, whole, in eval mode; dtype "auto" is the checkpoint's own."""
-    with one_line(f"--model {name} cannot be loaded", SafetensorError):
+    with one_line(f"--model {name} cannot be loaded", OSError, ValueError, SafetensorError):
         # Dropout rates become 0: some decoder layers apply them on their own (Falcon).
         rates = {key: 0.0 for key, value in vars(AutoConfig.from_pretrained(name)).items()
                  if "drop" in key and isinstance(value, float)}
@@ -1212,7 +1213,7 @@ def open_run(cfg, data):
         if not cfg.resume:
             raise InputError(f"{folder} already holds a run or a model: add --resume, or choose "
                              "another --output")
-        with one_line(f"--resume, but {folder} holds no run", KeyError):
+        with one_line(f"--resume, but {folder} holds no run", OSError, ValueError, KeyError):
             old = json.loads((folder / "config.json").read_text())["flags"]
         if changed := [key for key in flags if key not in FREE and old.get(key) != flags[key]]:
             raise InputError("--resume with other settings than the run's: " + ", ".join(changed))
@@ -1238,8 +1239,9 @@ def prepare(cfg, world):
         raise InputError(f"--problems_per_step {cfg.problems_per_step} must be a multiple of ranks "
                          f"({world}) x --updates_per_batch ({cfg.updates_per_batch})")
     tokenizer, context, model_folder = load_tokenizer(cfg.model, cfg.template_kwargs)
+    messages = teacher_messages("?", "?", False)
     with one_line(f"--model {cfg.model}: its chat template fails", jinja2.TemplateError):
-        render(tokenizer, teacher_messages("?", "?", False), cfg.template_kwargs)
+        render(tokenizer, messages, cfg.template_kwargs)
     # 150 tokens are for the teacher's headings and the tail of a solution.
     room, sets = min(cfg.max_prompt_tokens, context - cfg.max_tokens - 150), []
     for path, split in ((cfg.dataset, "train"), (cfg.eval_dataset, None)):
@@ -1258,9 +1260,10 @@ def prepare(cfg, world):
 def add_prompts(problems, path, tokenizer, template_kwargs):
     """Gives each problem its student's "prompt" ids. InputError names a row that has none."""
     for p in problems:
+        messages = student_messages(p["problem"])        # half a surrogate pair is a TypeError
         with one_line(f"{path}: the problem of row {p['id'] + 1} cannot be rendered",
-                      jinja2.TemplateError, TypeError):  # TypeError: half of a surrogate pair
-            p["prompt"] = render(tokenizer, student_messages(p["problem"]), template_kwargs)
+                      jinja2.TemplateError, TypeError, UnicodeError):
+            p["prompt"] = render(tokenizer, messages, template_kwargs)
             tokenizer.encode(p["solution"] or p["answer"])
 
 
@@ -1344,7 +1347,7 @@ def record(cfg, metrics, bar, rollouts, origins, u, H_T, tokenizer):
     step = metrics["step"]
     log_metrics(cfg, metrics)
     if step == cfg.warmup_steps - 1 and metrics["h_warm"] is not None and metrics["h_warm"] < 0.01:
-        tqdm.write(f"H_warm is {metrics['h_warm']:.4f} nats a token: the gate will react to noise")
+        tqdm.write(f"H_warm is {metrics['h_warm']:.4f} nats a token: too little for the gate")
     if step % 10 == 0:
         for i in (0, len(rollouts) - 1):
             r, n = rollouts[i], len(rollouts[i].ids)
@@ -1394,7 +1397,8 @@ def main(program, kind=Config):
     leads = not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
     try:
         cfg = parse_config(kind=kind)
-        with one_line(f"cannot write into {cfg.output}, or another process is at work there"):
+        with one_line(f"cannot write into {cfg.output}, or another process is at work there",
+                      OSError):
             Path(cfg.output).mkdir(parents=True, exist_ok=True)
             lock = filelock.FileLock(Path(cfg.output, ".lock"))
             held = lock.acquire(timeout=0) if leads else nullcontext()
