@@ -31,7 +31,7 @@ COLOURS = ("#8a8f98", "#3b82d6", "#e0604f", "#3f9e6b", "#a06ad0", "#d08b26", "#2
 
 def read_csv(file):
     """[{"arm", "seed", "flags": {}, "rows": [{"step", column: number or None}, ...]}, ...]."""
-    with one_line(f"{file} cannot be read"), open(file, newline="", encoding="utf-8") as stream:
+    with one_line(f"{file} cannot be read"), open(file, newline="", encoding="utf-8-sig") as stream:
         table = csv.DictReader(stream)
         lines, columns = list(table), table.fieldnames or []
     if missing := {"arm", "seed", "step", "eval_accuracy"} - {*columns}:
@@ -53,7 +53,7 @@ def read_folder(folder):
         if not (folder / name).is_file():
             raise InputError(f"{folder}: no {name if folder.is_dir() else 'such folder'}")
     with one_line(f"{folder} is no run of antisd.py"):
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
         flags = config["flags"] | {"antisd.py": str(config.get("source"))[:8]}
         # which run it goes on from differs from seed to seed
         flags["init_from"] = "run" if flags.get("init_from") else ""

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What is worth measuring when a GPU is at hand for an hour or less, step by step:
 #
-#     OUT=runs/gpu bash analysis/gpu_hour.sh tests fixed toy kill model speed micro evidence
+#     OUT=runs/gpu bash analysis/gpu_hour.sh tests fixed toy kill model speed offload micro evidence
 #
 #   tests     the test suite, on the CPU, in the background: it ends beside the other steps
 #   fixed     loss and log-probs of the same rollouts on the CPU, on CUDA in float32 and in bfloat16
@@ -10,10 +10,12 @@
 #   model     a randomly initialised Qwen3-4B with the toy's tokenizer: 8 GB, trained in about 80
 #   speed     AntiSD and GRPO on it: seconds by phase, tokens/s, memory, and the share of the card's
 #             bf16 peak that training reaches
+#   offload   the README's run for one card of 24 GB on it: --offload, 4,096 tokens, 8 rows at once.
+#             The process may allocate no more than $CAP GiB, and the run is cut to one problem
 #   micro     three values of --micro_tokens on it
 #   evidence  GRPO, SD and AntiSD side by side on sums that a small language model ($LM) gets wrong
 #             more often than right
-#   table     what all runs so far have measured
+#   table     what all runs so far have measured, and the peak that analysis/memory.py predicts
 #
 # A step leaves $OUT/STEP.done and is skipped from then on; a run that was cut off goes on with
 # --resume. DRY=1 does everything with tiny shapes on whatever is there, in minutes. Settings:
@@ -27,10 +29,14 @@ WHEELS=${WHEELS:-}                      # folder of wheels to install first, wit
 BIG=${BIG:-$OUT/qwen3-4b}               # where `model` writes
 PEAK=${PEAK:-790}                       # TFLOP/s of the card in bf16, as measured with a matmul
 TOKENS=${TOKENS:-2048}                  # response length of `speed` and `micro`
+SMALL_TOKENS=${SMALL_TOKENS:-4096}      # of `offload`
+CAP=${CAP:-22.5}                        # GiB of `offload`: what a card of 24 GB leaves
 PROBLEMS=${PROBLEMS:-8} GROUP=${GROUP:-8}
 ARMS=${ARMS:-antisd grpo sd} SEEDS=${SEEDS:-0} STEPS=${STEPS:-100}       # of `evidence`
 LM_PROBLEMS=16 LM_TOKENS=160 TOY_STEPS=30
-if [ "$DRY" ]; then TOKENS=16 PROBLEMS=1 GROUP=2 STEPS=2 LM_PROBLEMS=1 LM_TOKENS=16 TOY_STEPS=2; fi
+if [ "$DRY" ]; then
+    TOKENS=16 SMALL_TOKENS=16 PROBLEMS=1 GROUP=2 STEPS=2 LM_PROBLEMS=1 LM_TOKENS=16 TOY_STEPS=2
+fi
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 mkdir -p "$OUT"
 if [ "$WHEELS" ]; then
@@ -41,9 +47,17 @@ fi
 
 train() {    # NAME FLAGS...: a run in $OUT/NAME, skipped where it is whole, resumed where it is not
     local run=$OUT/$1; shift
-    [ -d "$run/model" ] || python3 "$ANTISD" --output "$run" --resume "$@" > "$run.log" 2>&1 ||
-        { touch "$OUT/failed"; echo "$run:"; tail -n 5 "$run.log"; }
+    [ -d "$run/model" ] || "${PYTHON[@]}" "$ANTISD" --output "$run" --resume "$@" \
+        > "$run.log" 2>&1 || { touch "$OUT/failed"; echo "$run:"; tail -n 5 "$run.log"; }
 }
+PYTHON=(python3)                        # what runs the trainer
+CAPPED='import os, runpy, sys, torch    # the same, with no more than CAP GiB of the card
+if torch.cuda.is_available():
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(float(os.environ["CAP"]) * 2**30 / total)
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")'
 
 step_tests() {
     CUDA_VISIBLE_DEVICES="" python3 -m pytest -q test_antisd.py ${DRY:+-k phi} \
@@ -99,7 +113,7 @@ step_kill() {
     train whole $flags
     python3 "$ANTISD" --output "$OUT/killed" $flags > "$OUT/killed.log" 2>&1 &
     local pid=$!
-    until ls "$OUT"/killed/checkpoints/*/progress.json > /dev/null 2>&1; do sleep 0.1; done
+    until ls "$OUT"/killed/checkpoints/*/.metadata > /dev/null 2>&1; do sleep 0.1; done
     kill -9 $pid; wait $pid 2>/dev/null || true
     train killed $flags
     cmp "$OUT/killed/model/model.safetensors" "$OUT/whole/model/model.safetensors" \
@@ -131,18 +145,28 @@ PY
 big() {      # NAME FLAGS...: two steps on the big model; the second one counts
     local name=$1; shift
     train "$name" --model "$BIG" --dataset toy/train.jsonl --problems_per_step "$PROBLEMS" \
-        --group_size "$GROUP" --max_tokens "$TOKENS" --steps 2 --save_every 0 "$@"
+        --group_size "$GROUP" --max_tokens "$TOKENS" --max_prompt_tokens 128 --rollout_batch 64 \
+        --steps 2 --save_every 0 "$@"
     rm -rf "${OUT:?}/$name/model/"*.safetensors          # 8 GB each
 }
 
 step_speed() {
-    big speed-antisd --gradient_checkpointing
-    big speed-grpo --gradient_checkpointing --method grpo
+    big speed-antisd
+    big speed-grpo --method grpo
+}
+
+step_offload() {
+    export CAP PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+    PYTHON=(python3 -c "$CAPPED")
+    big offload-antisd --offload --problems_per_step 1 --group_size 8 --rollout_batch 8 \
+        --max_tokens "$SMALL_TOKENS"
+    PYTHON=(python3)
+    unset PYTORCH_CUDA_ALLOC_CONF
 }
 
 step_micro() {
     for tokens in 4096 32768 65536; do
-        big "micro-$tokens" --gradient_checkpointing --micro_tokens $tokens
+        big "micro-$tokens" --micro_tokens $tokens
     done
 }
 
@@ -175,29 +199,41 @@ PY
 }
 
 step_table() {
-    OUT=$OUT PEAK=$PEAK python3 - <<'PY' | tee "$OUT/table.md"
+    OUT=$OUT PEAK=$PEAK BIG=$BIG python3 - <<'PY' | tee "$OUT/table.md"
+import dataclasses
 import glob
 import json
 import os
-print("| run | step, s | rollout, s | scoring, s | training, s | tokens/s | peak, GiB | bf16 peak "
-      "| reward, first and last | held-out by step |\n|---|" + "---:|" * 9)
+import sys
+sys.path.insert(0, "analysis")
+import memory
+print("| run | step, s | rollout, s | scoring, s | training, s | tokens/s | peak, GiB | predicted "
+      "| bf16 peak | reward, first and last | held-out by step |\n|---|" + "---:|" * 10)
+counts = {}
 for file in sorted(glob.glob(os.environ["OUT"] + "/*/metrics.jsonl")):
     rows = [json.loads(line) for line in open(file)]
     steps = [row for row in rows if "reward" in row]
     if not steps:
         continue
-    last, name, weights = steps[-1], file.split("/")[-2], 4.02e9
+    last, name = steps[-1], file.split("/")[-2]
+    flags = json.load(open(file.replace("metrics.jsonl", "config.json")))["flags"]
     seconds = [last[f"seconds/{phase}"] for phase in ("rollout", "score", "train")]
-    groups = json.load(open(file.replace("metrics.jsonl", "config.json")))["flags"]
-    tokens = last["length"] * groups["problems_per_step"] * groups["group_size"]
-    # 6 FLOP a weight and token, and 2 more where the layers are computed again
-    share = (8 if groups["gradient_checkpointing"] else 6) * weights * tokens / seconds[2] / (
-        float(os.environ["PEAK"]) * 1e12)
+    tokens = last["length"] * flags["problems_per_step"] * flags["group_size"]
+    share = predicted = ""
+    if flags["model"] == os.environ["BIG"]:              # what fills the card
+        config = memory.load_config(flags["model"])
+        weights = counts.setdefault(flags["model"], memory.count_parameters(config))
+        # 6 FLOP a weight and token, and 2 more where the layers are computed again
+        work = (8 if flags["gradient_checkpointing"] else 6) * weights * tokens
+        share = f"{work / seconds[2] / (float(os.environ['PEAK']) * 1e12):.0%}"
+        plan = memory.Plan(gpus=[1], **{
+            field.name: flags[field.name] for field in dataclasses.fields(memory.Plan)
+            if field.name in flags and field.name not in ("model", "dtype")})
+        predicted = f"{memory.estimate(config, weights, 1, plan)['peak']:.1f}"
     held_out = ", ".join(f"{row['eval_accuracy']:.2f}" for row in rows if "eval_accuracy" in row)
     print(f"| {name} | {sum(seconds):.1f} | " + " | ".join(f"{s:.1f}" for s in seconds)
-          + f" | {last['tokens_per_s']:.0f} | {last['peak_memory_gib'] or 0:.1f} | "
-          + (f"{share:.0%}" if name.startswith(("speed", "micro")) else "")
-          + f" | {steps[0]['reward']:.2f}, {last['reward']:.2f} | {held_out} |")
+          + f" | {last['tokens_per_s']:.0f} | {last['peak_memory_gib'] or 0:.1f} | {predicted} | "
+          + f"{share} | {steps[0]['reward']:.2f}, {last['reward']:.2f} | {held_out} |")
 PY
 }
 

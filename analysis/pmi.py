@@ -8,25 +8,62 @@ u = log pi_T - log pi_S, Eq. (4), in nats. Look at it before you train: where th
 are not blue and the shortcuts not red, the teacher does not read c as AntiSD supposes, and the
 chat template or the data are the first suspects. Prompts, choice of c, sampler and scorer are
 antisd.py's own. One process; the page is one file that fetches nothing.
+
+    python analysis/pmi.py --model M --data D --contexts own,other,answer        # the preflight
+
+Whether u is about *this* solution, another one tells. The same responses are scored under three c:
+own, as in training; other, the solutions that two other problems are shown; answer, the bare
+answer. Printed are a table by kind of token and, last, `the teacher reads c: yes (...)` or `the
+teacher reads c: no (...)`, by an effect size:
+
+    w_t   = 1 - pi_S(y_t), half the L1 norm of the gradient of log pi_S(y_t) by the logits: a token
+            that the student is sure of moves nothing, however many nats of u lie on it
+    own_t = (|u_own - u_other1| + |u_own - u_other2|) / 2 - |u_other1 - u_other2|: what the own
+            solution changes beyond what exchanging one foreign solution for another changes
+    share = sum of w_t own_t / sum of w_t |u_own|: yes from READS = 20% on
+
+Where the teacher does not tell solutions apart, its three u are exchangeable and the share is 0;
+where only the own solution does anything, it is 1. CALIBRATED says what it was on which models. A
+no means that AntiSD, or self-distillation, would follow the style of having a solution, or noise.
 """
 import dataclasses
 import json
 import math
 import os
+import random
+import re
 import statistics
 import sys
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from antisd import (InputError, flag, load_policy, load_problems, load_tokenizer, one_line,
-                    parse_config, phi, render, roll_out, score, setup, student_messages,
-                    teacher_messages, teacher_prompts, template_variables, write_whole)
+from antisd import (InputError, extract_boxed, flag, load_policy, load_problems, load_tokenizer,
+                    one_line, parse_config, phi, pick_solutions, render, roll_out, score, setup,
+                    student_messages, teacher_messages, teacher_prompts, template_variables,
+                    write_whole)
 
 CAP_U = math.log(2**0.05 - 1)    # below this u, -phi(u) is above 95% of its bound log(2) / 2
 BINS, FLOOR = 32, -4.0           # of the map: boxes on each axis, from 10^-4 or less to 1
+CONTEXTS = ("own", "other", "answer")
+READS = 0.2                      # from this share of own-specific u on the teacher reads c
+CALIBRATED = ("random weights -2 to -1% (4 draws); a toy base that hurries with any solution in "
+              "view 0%; SmolLM2-135M-Instruct on GSM8K 7% +- 3%; the toy's base, which was taught "
+              "to compare the solution with the problem, 84 to 99% (3 seeds)")
+KINDS = ("digits", "operators, LaTeX", "words of deliberation", "other words",
+         "punctuation, spaces", "end of sequence")
+# a character's kind; whatever matches nothing is punctuation
+CHARACTERS = re.compile(r"(\d)|(\\[A-Za-z]+|\\.|[-+*/=<>^_{}|%$~\u00b1\u00d7\u00f7\u221a\u2264"
+                        r"\u2265\u2260\u2248\u2212])|([^\W\d_]+(?:['\u2019][^\W\d_]+)?)")
+DELIBERATION = re.compile(
+    "wait|hm+|but|maybe|perhaps|however|alternatively|actually|instead|or|if|let|let's|lets|try|"
+    "check|recheck|verify|suppose|assume|consider|think|could|might|unless|otherwise|again|another",
+    re.IGNORECASE)
 
 
 @dataclasses.dataclass
@@ -43,10 +80,15 @@ class View:
     chat_template_kwargs: str = flag("{}", "JSON for the chat template, as in training")
     rollout_batch: int = flag(64, "responses decoded at once")
     micro_tokens: int = flag(16384, "tokens of one scoring micro-batch")
+    contexts: str = flag("own", "what the teacher is shown, of own,other,answer: this problem's "
+                         "solution, as in training; another problem's; the bare answer")
     output: str = flag("pmi.html", "the page")
 
     def __post_init__(self):
         self.template_kwargs = template_variables(self.chat_template_kwargs)
+        self.shown = [name.strip() for name in self.contexts.split(",")]
+        if "own" not in self.shown or not {*self.shown} <= {*CONTEXTS}:
+            raise InputError(f"--contexts {self.contexts}: own, and any of other and answer")
         for name in ("limit", "samples", "temperature", "rollout_batch", "micro_tokens"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"--{name} {getattr(self, name)}: must be above 0")
@@ -135,42 +177,223 @@ def page(data):
     return template.replace("__DATA__", json.dumps(data).replace("<", "\\u003c"), 1)
 
 
+def foreign_solutions(rollouts, group_size, seed):
+    """Two other problems' solutions for each response: two lists of N texts.
+
+    A problem's candidates are what the problems after it, in the data's order and round its end,
+    are shown in training. Those of its own kind (sibling, solution or answer) come first, so that
+    own and other differ in content, not in style. Where too few problems are left, their bare
+    answers follow. A text that the problem's own group is shown is not foreign.
+    """
+    groups = [rollouts[i:i + group_size] for i in range(0, len(rollouts), group_size)]
+    picks = [pick_solutions(group, random.Random(hash((seed, i))))        # as teacher_prompts does
+             for i, group in enumerate(groups)]
+    bare = [pick_solutions([with_solution(group[0], None)], random.Random(0)) for group in groups]
+    found = []
+    for i, group in enumerate(groups):
+        after = [*range(i + 1, len(groups)), *range(i)]
+        after.sort(key=lambda j: picks[j][0][1] != picks[i][0][1])       # stable
+        own = {text for text, _ in picks[i]}
+        texts = [part[j][0][0] for part in (picks, bare) for j in after]
+        texts = [text for text in dict.fromkeys(texts) if text not in own][:2]
+        if len(texts) < 2:
+            raise InputError("--contexts other needs other problems: raise --limit, or use a "
+                             "larger --data")
+        found += [texts] * len(group)
+    return [*zip(*found)]
+
+
+def with_solution(rollout, text):
+    """The same response to a problem whose only known solution is `text`; None: its answer."""
+    return dataclasses.replace(rollout, problem=rollout.problem | {"solution": text})
+
+
+def token_kinds(tokenizer, ids, texts):
+    """The kind of each token, an index into KINDS: that of its first character that is no space. A
+    word that is several tokens is looked up whole. texts: `pieces` of the ids."""
+    marks = []                                           # a kind for each character
+    text = "".join(texts)
+    for m in CHARACTERS.finditer(text):
+        marks += [4] * (m.start() - len(marks))
+        kind = m.lastindex - 1 if m.lastindex < 3 else 3 - bool(DELIBERATION.fullmatch(m[0]))
+        marks += [kind] * len(m[0])
+    marks += [4] * (len(text) - len(marks))
+    kinds, start = [], 0
+    for i, part in zip(ids, texts):
+        first = start + len(part) - len(part.lstrip())
+        start += len(part)
+        kinds.append(5 if i in tokenizer.all_special_ids else marks[first] if first < start else 4)
+    return kinds
+
+
+def ratio(above, below):
+    """sum(above) / sum(below) and its standard error over the responses: two (N,) -> two floats.
+    Tokens of a response are no independent draws, so a response is the unit."""
+    total = below.sum().item()
+    value = above.sum().item() / total if total else 0.0
+    n, off = max(2, int((below != 0).sum())), above - value * below
+    return value, (n / (n - 1) * off.square().sum().item()) ** 0.5 / total if total else 0.0
+
+
+def overlap(u, v):
+    """How much of u is there in v, too: the smaller of both where their signs agree, else 0."""
+    return torch.minimum(u.abs(), v.abs()) * (u * v > 0)
+
+
+def compare(s, u, mask, kinds):
+    """What the contexts do to each kind of token, and whether the teacher reads c.
+
+    s, mask, kinds (N, T): log pi_S, where tokens are, indices into KINDS. u: {"own": [(N, T)],
+    "other": [two of them], "answer": [(N, T)]}, the last two where they are asked for. Returns rows
+    for the table, and (share, error) of u that is the own solution's, or None without others.
+    """
+    weight, own, rows = -torch.expm1(s) * mask, u["own"][0], []      # 1 - pi_S(y_t)
+    for name, part in [*((name, (kinds == k) & mask) for k, name in enumerate(KINDS)),
+                       ("all", mask), ("all, by weight", weight)]:
+        part = part.double()
+        for c, values in u.items() if part.sum() else ():
+            def mean(function, size=None):
+                above = torch.stack([function(v) * part for v in values]).mean(0).sum(1)
+                return ratio(above, part.sum(1) if size is None else (size * part).sum(1))
+            rows.append({"kind": name, "c": c, "tokens": int((part != 0).sum()),
+                         "weight": (weight * (part != 0)).sum().item() / weight.sum().item(),
+                         "u": mean(lambda v: v), "below": mean(lambda v: (v < 0).double()),
+                         "size": mean(torch.abs),
+                         "shared": mean(lambda v: overlap(own, v), own.abs())})
+    if "other" not in u:
+        return rows, None
+    one, two = u["other"]
+    specific = ((own - one).abs() + (own - two).abs()) / 2 - (one - two).abs()
+    return rows, ratio((weight * specific).double().sum(1), (weight * own.abs()).double().sum(1))
+
+
+def verdict(share, error):
+    close = "; too few responses to be sure" * (abs(share - READS) < 2 * error)
+    return (f"the teacher reads c: {'yes' if share >= READS else 'no'} ({round(100 * share)}% +- "
+            f"{error:.0%} of u is this solution's own; yes from {READS:.0%} on{close})")
+
+
+def table(rows):
+    """What `compare` found, as text: a head and a line for each kind of token and context."""
+    return [["kind of token", "tokens", "weight", "c", "mean u", "u < 0", "mean |u|",
+             "own u there"]] + [
+        [r["kind"], f"{r['tokens']:,}", f"{r['weight']:.0%}", r["c"],
+         "{:+.3f} +- {:.3f}".format(*r["u"]), "{:.0%} +- {:.0%}".format(*r["below"]),
+         "{:.3f} +- {:.3f}".format(*r["size"]),
+         "" if r["c"] == "own" else "{:.0%} +- {:.0%}".format(*r["shared"])] for r in rows]
+
+
+def check_output(output):
+    """Whether the page can be written there is known before the hours, not after them."""
+    with one_line(f"cannot write {output}"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.is_dir():
+            raise IsADirectoryError("it is a folder")
+        trial = output.with_name(output.name + ".trial")
+        trial.write_text("")
+        trial.unlink()
+
+
+def teacher_views(cfg, tokenizer, rollouts, longest):
+    """{context: lists of N prompts} for the contexts besides own. The shown solution stands in the
+    problem's place for one; a group of one response has no siblings that would replace it."""
+    texts = {}
+    if "other" in cfg.shown:
+        texts["other"] = foreign_solutions(rollouts, cfg.samples, cfg.seed)
+    if "answer" in cfg.shown:
+        texts["answer"] = [[None] * len(rollouts)]
+    return {name: [teacher_prompts(tokenizer, list(map(with_solution, rollouts, column)), 1,
+                                   cfg.template_kwargs, longest, cfg.seed)[0] for column in columns]
+            for name, columns in texts.items()}
+
+
+def preflight(tokenizer, rollouts, tokens, s, u):
+    """The table and the verdict, as text; s, u: see `compare`."""
+    width = s.shape[1]
+    kinds = torch.tensor([token_kinds(tokenizer, r.ids, part) + [-1] * (width - len(part))
+                          for r, part in zip(rollouts, tokens)])                     # (N, T)
+    rows, share = compare(s, u, kinds >= 0, kinds)
+    boxes = statistics.fmean(extract_boxed(r.text) is not None for r in rollouts)
+    return {"table": table(rows), "verdict": verdict(*share) if share else "",
+            "boxes": f"{boxes:.0%} of the responses hold a box",
+            "rule": f"Yes from {READS:.0%} on. Found so far: {CALIBRATED}."}
+
+
+def print_preflight(facts):
+    print(facts["boxes"] + "\n")
+    widths = [max(map(len, column)) for column in zip(*facts["table"])]
+    for line in facts["table"]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+    if facts["verdict"]:
+        print("\n" + facts["verdict"])
+
+
 def view(cfg):
-    """Samples responses, scores them under both prompts as train() does, writes the page."""
+    """Samples responses, scores them under every prompt as train() does, writes the page."""
+    output = Path(cfg.output)
+    check_output(output)
     rank, world, device = setup()
     if world > 1:
         raise InputError("pmi.py runs on one process: start it without torchrun")
     tokenizer, context, _ = load_tokenizer(cfg.model, cfg.template_kwargs)
     problems, max_tokens = load_prompts(cfg, tokenizer, context)
+    longest = context - max_tokens
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     policy = load_policy(cfg.model, dtype, tokenizer).to(device)
     torch.manual_seed(cfg.seed)
-    rollouts = roll_out(policy, tokenizer, problems, cfg.samples, max_tokens=max_tokens,
-                        temperature=cfg.temperature, rollout_batch=cfg.rollout_batch)
+    # the model runs once for each token of a batch of responses, at most so often:
+    steps = max_tokens * -(-len(problems) // max(1, cfg.rollout_batch // cfg.samples))
+    with progress(policy.model, "decoding", steps, lambda inputs: 1):
+        rollouts = roll_out(policy, tokenizer, problems, cfg.samples, max_tokens=max_tokens,
+                            temperature=cfg.temperature, rollout_batch=cfg.rollout_batch)
     views, sources = teacher_prompts(tokenizer, rollouts, cfg.samples, cfg.template_kwargs,
-                                     context - max_tokens, cfg.seed)
+                                     longest, cfg.seed)
+    others = teacher_views(cfg, tokenizer, rollouts, longest)
     prompts, responses = [r.problem["prompt"] for r in rollouts], [r.ids for r in rollouts]
-    s, H_S = score(policy, prompts, responses, cfg.micro_tokens, cfg.temperature)    # (N, T) each
-    t, H_T = score(policy, views, responses, cfg.micro_tokens, cfg.temperature)
-    u = t - s                                                                        # Eq. (4)
-    values = torch.stack([s.exp(), t.exp(), u, -phi(u), H_S, H_T], 2).cpu()          # (N, T, 6)
+    passes = 2 + sum(map(len, others.values()))
+    with progress(policy, "scoring", passes * len(rollouts), lambda inputs: len(inputs[0])):
+        def scores(prompts):
+            both = score(policy, prompts, responses, cfg.micro_tokens, cfg.temperature)
+            return [values.cpu() for values in both]                                 # (N, T) each
+        s, H_S = scores(prompts)
+        t, H_T = scores(views)
+        u = {"own": [t - s]} | {name: [scores(lists)[0] - s for lists in columns]    # Eq. (4)
+                                for name, columns in others.items()}
+    own = u["own"][0]
+    values = torch.stack([s.exp(), t.exp(), own, -phi(own), H_S, H_T], 2)            # (N, T, 6)
+    tokens = [pieces(tokenizer, ids) for ids in responses]
     data = page_data(
-        rollouts, [pieces(tokenizer, ids) for ids in responses],
-        [rows[:len(ids)] for rows, ids in zip(values, responses)], sources,
+        rollouts, tokens, [rows[:len(ids)] for rows, ids in zip(values, responses)], sources,
         [tokenizer.decode(ids) for ids in views],
         f"{cfg.model} on {cfg.data}: {len(problems)} problems x {cfg.samples} responses, "
         f"temperature {cfg.temperature:g}, at most {max_tokens} tokens, seed {cfg.seed}")
-    output = Path(cfg.output)
+    if others:
+        data["contexts"] = preflight(tokenizer, rollouts, tokens, s, u)
     with one_line(f"cannot write {output}"):
-        output.parent.mkdir(parents=True, exist_ok=True)
         write_whole(output, page(data))
     print(f"{output}: {len(rollouts)} responses, {sum(map(len, responses))} tokens")
+    if others:
+        print_preflight(data["contexts"])
     return data
+
+
+@contextmanager
+def progress(module, what, total, count):
+    """A bar that each forward pass of the module moves by `count` of the pass's arguments."""
+    with tqdm(total=total, desc=what, dynamic_ncols=True) as bar:
+        def moved(module, inputs, output):
+            bar.update(count(inputs))
+        hook = module.register_forward_hook(moved)
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)       # names that transformers 6 will drop
     try:
         view(parse_config(kind=View))
     except InputError as error:
