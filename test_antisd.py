@@ -107,13 +107,15 @@ ARCHITECTURES = {
 TRAINED = [kind for kind in ARCHITECTURES if kind not in ("phi", "deepseek_v3")]     # on two ranks
 
 
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+             num_key_value_heads=1, max_position_embeddings=512)
+
+
 def tiny(kind="qwen3", seed=0, **settings):
     """A random model whose logits spread by a nat or two, so that its choices are not arbitrary."""
     common = dict(vocab_size=V, eos_token_id=END, bos_token_id=None, pad_token_id=END,
                   initializer_range=0.25)
-    if kind != "gpt2":
-        common |= dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                       num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512)
+    common |= {} if kind == "gpt2" else SIZES
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(
         AutoConfig.for_model(kind, **common | ARCHITECTURES[kind] | settings)).eval()
@@ -222,7 +224,7 @@ def spy(monkeypatch, name):
     return calls
 
 
-# --- The method: phi, the arms, advantages -------------------------------------------------------
+# --- The method: phi, the arms, advantages, the gate, the loss -----------------------------------
 
 LOG2 = math.log(2)
 
@@ -280,9 +282,10 @@ def test_group_advantages_by_hand_and_what_token_advantages_add():
     u = torch.randn(12, 5, requires_grad=True)
     added = antisd.token_advantages(a_seq, u, 0.5)
     assert torch.equal(added, -0.5 * antisd.phi(u)) and not added.requires_grad
+    for compose in "add", "mul":                         # a lambda for each row
+        rows = antisd.token_advantages(a_seq + 1, u, torch.ones(12, 1) / 2, compose=compose)
+        assert torch.equal(rows, antisd.token_advantages(a_seq + 1, u, 0.5, compose=compose))
 
-
-# --- The entropy gate ----------------------------------------------------------------------------
 
 # H, the g that comes back. W = 3, tau_down = 0.5, H_warm = median(4, 1, 2) = 2; shut below 1.
 SCRIPT = [(4.0, 0), (math.nan, 0), (1.0, 0), (2.0, 0),   # warm-up; a broken batch is no step of it
@@ -310,8 +313,6 @@ def test_h_warm_exists_after_the_last_warm_up_step_and_without_tau_down_no_gate_
         gate = antisd.EntropyGate(warmup, 0)
         assert [gate.update(h) for h in (1.0, 0.0, 1e-9, 0.0)] == [1 - warmup, 1, 1, 1]
 
-
-# --- The loss ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("advantage, ratio, counts", [
     (+2.0, 1.3, 1.2), (+2.0, 0.5, None), (-2.0, 0.5, 0.8), (-2.0, 1.3, None), (+2.0, 1.1, None)])
@@ -497,6 +498,14 @@ def test_passes_are_as_small_as_asked_and_gathered_unless_sharded(root, tmp_path
             (len(rows), max(len(rollouts[i].problem["prompt"] + rollouts[i].ids) for i in rows))
             for rows in fewest]
         assert all(n * length <= 70 or n == 1 for n, length in shapes)
+
+
+def test_without_rollout_batch_a_pass_holds_a_cache_of_so_many_tokens(monkeypatch):
+    decoded, policy = [], antisd.Policy(tiny(), [END])
+    monkeypatch.setattr(antisd, "decode", lambda policy, prompts, group_size, *rest: (
+        decoded.append(len(prompts)), [[END]] * len(prompts) * group_size)[1])
+    antisd.sample(policy, [[0], *[[0] * 96] * 8], 2, 2**15 - 96)      # 2^18 / 2^15 = 8 responses
+    assert decoded == [4, 4, 1]
 
 
 def test_gathered_weights_decode_without_hooks_which_are_back_afterwards(root):
@@ -963,8 +972,7 @@ def test_a_run_in_parts_equals_an_uninterrupted_one_whatever_befell_it(root, tmp
     assert [row["step"] for row in read(parts / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5]
 
 
-def test_offload_changes_no_bit_of_a_run_or_of_one_that_is_resumed_or_continued(root, tmp_path,
-                                                                                 monkeypatch):
+def test_offload_changes_no_bit_of_any_run_resumed_or_continued(root, tmp_path, monkeypatch):
     policies, fully_shard = set(), antisd.fsdp.fully_shard
     monkeypatch.setattr(antisd.fsdp, "fully_shard", lambda module, **options: (
         policies.add(type(options.get("offload_policy"))), fully_shard(module, **options)))
@@ -984,8 +992,7 @@ def test_offload_changes_no_bit_of_a_run_or_of_one_that_is_resumed_or_continued(
             == go("off", offload=False, init_from=str(tmp_path / "offload")))
 
 
-def test_init_from_keeps_weights_optimizer_and_data_position_and_starts_step_and_gate_anew(
-        root, tmp_path, monkeypatch):
+def test_init_from_keeps_all_but_the_step_and_the_gate(root, tmp_path, monkeypatch):
     run(root, tmp_path / "first", warmup_steps=1, steps=2, save_every=2, lr=1e-2)
     asked, made = spy(monkeypatch, "next_problems"), spy(monkeypatch, "build")
     [row] = run(root, tmp_path / "antisd", init_from=str(tmp_path / "first"), lr=2e-30,
@@ -1020,8 +1027,7 @@ def test_nan_is_never_drawn_from(root, tmp_path):
     refuse(lambda: antisd.refuse_nan(None, logits), "NaN")
 
 
-def test_a_tracker_gets_every_line_and_one_run_however_often_it_is_resumed(root, tmp_path,
-                                                                           monkeypatch):
+def test_a_tracker_gets_every_line_in_one_run_also_after_a_resume(root, tmp_path, monkeypatch):
     calls, begun, held_out = [], [], str(root / "train.jsonl")
 
     def noting(name):
@@ -1376,9 +1382,7 @@ def variant(root, name, template=TEMPLATE, weights=1.0, **settings):
 
 def of_kind(root, kind, **settings):
     """A configuration without weights."""
-    common = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                  num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512)
-    AutoConfig.for_model(kind, **common | settings).save_pretrained(root / kind)
+    AutoConfig.for_model(kind, vocab_size=V, **SIZES | settings).save_pretrained(root / kind)
     TOKENIZER.save_pretrained(root / kind)
     return ["--model", root / kind]
 
@@ -1425,25 +1429,21 @@ BAD_INPUT = [   # flags, or a function of root that makes them; what the line mu
 
 
 @pytest.mark.parametrize("given, fragment", BAD_INPUT, ids=[text for _, text in BAD_INPUT])
-def test_what_the_user_can_mend_costs_one_line(root, tmp_path, monkeypatch, capsys, given,
-                                               fragment):
+def test_what_the_user_can_mend_costs_one_line(root, monkeypatch, capsys, given, fragment):
+    """All starts are in one folder: a start that fails leaves nothing there, not even its lock."""
     (root / "q.args").write_text("--output don't")
     words = given(root) if callable(given) else given.split(" ")
     if not re.search("fitting|loaded", fragment):        # only the weights' file can tell these
         monkeypatch.setattr(antisd, "load_policy", lambda *args: pytest.fail("weights were read"))
     code, lines = main_on(
         monkeypatch, capsys, "--model", root / "qwen3", "--dataset", root / "train.jsonl",
-        "--output", tmp_path, "--max_tokens", 12, "--problems_per_step", 4, "--group_size", 2, *words)
+        "--output", root / "refused", "--max_tokens", 12, "--problems_per_step", 4, "--group_size",
+        2, *words)
     assert code == 2 and len(lines) == 1 and len(lines[0]) < 700
     assert lines[0].startswith("antisd.py: error: ") and fragment in lines[0]
 
 
-def test_a_failed_start_holds_nothing_and_programmers_mistakes_keep_their_traceback(
-        root, tmp_path, monkeypatch, capsys):
-    for _ in range(2):
-        code, lines = main_on(monkeypatch, capsys, "--model", "nobody/nothing", "--output",
-                              tmp_path)
-        assert code == 2 and len(lines) == 1 and "nobody/nothing" in lines[0]
+def test_programmers_mistakes_keep_their_traceback(root, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         monkeypatch.setattr(sys, "argv", ["antisd.py", "--model", "m", "--output", str(tmp_path)])
         antisd.main(lambda cfg: 1 / 0)
@@ -1451,7 +1451,8 @@ def test_a_failed_start_holds_nothing_and_programmers_mistakes_keep_their_traceb
     Path(hub).mkdir()
     file = write(Path(hub) / "d.jsonl", [ROW])
     for place, name, error, call in (
-            (antisd, "student_messages", KeyError, lambda: run(root, out)),
+            (antisd, "student_messages", TypeError, lambda: run(root, out)),
+            (antisd, "teacher_messages", TypeError, lambda: run(root, out)),
             (antisd, "is_correct", NameError, lambda: run(root, out)),
             *((AutoModelForCausalLM, "from_pretrained", error,
                lambda: antisd.load_policy(model, "auto", TOKENIZER))
@@ -1523,8 +1524,7 @@ def test_long_problems_are_dropped_and_counted(root, tmp_path, capsys):
     refuse(lambda: antisd.prepare(cfg, 3), "--problems_per_step", "3")
 
 
-def test_a_folder_holds_one_run_with_one_set_of_settings_and_data(root, tmp_path, monkeypatch,
-                                                                  capsys):
+def test_a_folder_holds_one_run_with_one_set_of_settings_and_data(root, tmp_path, capsys):
     rows = [ROW | {"problem": f"a n{i}", "solution": "so"} for i in range(4)]
     data = write(tmp_path / "d.jsonl", rows)
     flags = dict(method="grpo", dataset=data)
@@ -1771,8 +1771,7 @@ def test_integers_never_reach_the_parser(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["parse", "verify"])
-def test_what_the_libraries_raise_is_no_answer_and_what_our_code_raises_is_a_traceback(
-        name, monkeypatch):
+def test_errors_of_the_libraries_are_no_answer_and_ours_are_a_traceback(name, monkeypatch):
     def raising(error):
         def fail(*args, **options):
             raise error
@@ -1923,7 +1922,7 @@ def test_only_long_reading_shows_a_sign_of_life(tmp_path, monkeypatch, capsys):
     ("dict.jsonl", '{"problem": "b", "answer": {"x": 1}}', "row 1"),
     ("system.jsonl", '{"prompt": [{"role": "system", "content": "b"}], "answer": "1"}', "row 1"),
     ("proofs.jsonl", '{"problem": "b", "answer": "proof"}', "no problem with an answer"),
-    ("s/s.py", "x = 1", "scripts"), ("a/a.jsonl", '{"x":', "generating"),
+    ("s/s.py", "x = 1", "scripts"), ("a/a.jsonl", '{"x":', "JSON parse error"),
     ("b/b.jsonl.gz", b"\x1f\x8bjunk", "ended")])
 def test_data_that_cannot_be_read_cost_one_line_that_says_why(name, content, fragment, tmp_path):
     file = tmp_path / name
