@@ -34,6 +34,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")             # nothing here may reac
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""                  # the claims are exact on the CPU
 
+import antisd                                            # first: it says how sympy counts
 import datasets
 import pytest
 import safetensors.torch
@@ -46,8 +47,6 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (AutoConfig, AutoModelForCausalLM, GenerationConfig,
                           PreTrainedTokenizerFast)
-
-import antisd
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "shared" / "data"
@@ -930,7 +929,7 @@ def test_warm_up_steps_are_grpos_bit_for_bit_and_the_next_one_is_not(root, tmp_p
 @pytest.mark.parametrize("key, flags", [
     ("teacher_entropy", {}), ("teacher_entropy_median", dict(gate_stat="median")),
     ("student_entropy", dict(gate_source="student"))])
-def test_lambda_follows_the_gate_on_the_logged_entropy_of_the_same_step(root, tmp_path, key, flags):
+def test_lambda_follows_the_gate_on_that_steps_entropy(root, tmp_path, capsys, key, flags):
     rows = run(root, tmp_path, steps=5, warmup_steps=1, tau_down=0.99, lam=0.7, lr=1e-2, seed=3,
                **flags)
     gate = antisd.EntropyGate(1, 0.99)
@@ -938,6 +937,8 @@ def test_lambda_follows_the_gate_on_the_logged_entropy_of_the_same_step(root, tm
         assert row["gate"] == gate.update(row[key]) and row["lam"] == 0.7 * row["gate"]
         assert row["h_warm"] == pytest.approx(gate.h_warm)
     assert {row["lam"] for row in rows[1:]} == {0.0, 0.7}    # with this seed it is open, then shut
+    shut = min(row["step"] for row in rows[1:] if not row["gate"])
+    assert f"step {shut}: the gate shuts" in capsys.readouterr().out
 
 
 def test_a_run_in_parts_equals_an_uninterrupted_one_whatever_befell_it(root, tmp_path):
@@ -1015,16 +1016,12 @@ def test_three_updates_that_are_not_finite_end_the_run(root, tmp_path, monkeypat
         assert "NaN" not in (tmp_path / name).read_text()        # JSON has null
 
 
-def test_nan_is_never_drawn_from(root, tmp_path):
-    model = tiny()
-    with torch.no_grad():
-        next(model.parameters())[END] = math.nan         # END stands in every prompt
-    poisoned = save(model, tmp_path / "poisoned")
-    refuse(lambda: run(root, tmp_path / "run", model=poisoned), "logits are NaN")
+def test_nan_is_never_drawn_from():
+    policy = antisd.Policy(tiny("llama"), [END])
+    policy.model.model.embed_tokens.weight.data[41] = math.nan       # stands in one of the prompts
+    refuse(lambda: antisd.sample(policy, PROMPTS, 1, 3), "logits are NaN")
     logits = torch.tensor([[0.0, -math.inf], [1.0, 2.0]])
     assert antisd.refuse_nan(None, logits) is logits     # a token may be impossible
-    logits[1] = math.nan                                 # one row is enough
-    refuse(lambda: antisd.refuse_nan(None, logits), "NaN")
 
 
 def test_a_tracker_gets_every_line_in_one_run_also_after_a_resume(root, tmp_path, monkeypatch):
@@ -1219,12 +1216,6 @@ def test_two_ranks_equal_one(root, two_ranks, name):
     assert two == pytest.approx(one, rel=1e-4, abs=1e-6)
 
 
-def test_offload_changes_no_bit_on_two_ranks(root, two_ranks):
-    whole, offload = root / "two/whole", root / "two/offload"
-    assert same(weights(whole / "model"), weights(offload / "model"))
-    assert strip(read(whole / "metrics.jsonl")) == strip(read(offload / "metrics.jsonl"))
-
-
 @pytest.mark.parametrize("kind", TRAINED)
 def test_every_architecture_trains_and_agrees_with_its_rollouts_on_two_ranks(root, two_ranks, kind):
     norms, gap = two_ranks[kind]
@@ -1255,6 +1246,9 @@ def test_ranks_share_problems_draw_different_responses_and_obey_one_gate(root, t
         assert row["gate"] == gate.update(row["teacher_entropy_median"])     # of the whole batch
         assert row["h_warm"] == pytest.approx(gate.h_warm)
     assert uneven                                        # decoding of uneven lengths did not hang
+    whole, offload = root / "two/whole", root / "two/offload"            # --offload changes no bit
+    assert same(weights(whole / "model"), weights(offload / "model"))
+    assert strip(read(whole / "metrics.jsonl")) == strip(read(offload / "metrics.jsonl"))
 
 
 def ranks_of(folder):
@@ -1635,21 +1629,21 @@ t v_{0} | x(t) = v_0 t ;; \sin^2 x :: 1-\cos^2 x | \sin(x)^2 ;;
 -3./4 :: -\frac34 | -0.75 ;; x=9 :: 9 | x = 9 | 9.0 ;; y = 3x-1 :: 3x-1 | y=-1+3x | y - 3x = -1 ;;
 2x+3y-4=0 :: 2x+3y=4 | 4x+6y-8=0 | 3y = 4-2x ;; y^{\prime}+k y=0 :: y' + ky = 0 | y' = -ky ;;
 \frac{d M}{d t}=2 M-b :: \frac{dM}{dt}+b=2M ;; MC=AVC :: \text{MC}=\text{AVC} | AVC = MC ;;
-6 :: \boldsymbol{6} | \color{red}{6} | {\Large 6} | ６ | 6 \text{ apples} | 6个 | 6\,\text{cm}^2 |
-\mathbf{6} | 6 meters per second | \{6\} ;; -3 :: －3 ;; (1,2) :: （1，2） ;; 12 :: １２ | 12元 ;;
-\text{Yes} :: yes | Yes | \textbf{yes} ;; 10 :: 10\% ;; 10\% :: 10 ;; (n-1)! :: (n - 1)! ;;
-3:4 :: 3 : 4 ;; \mathbb{R}\setminus\{2\} :: \mathbb{R} \setminus \{2\} ;; 27.0 :: 27 ;;
-17 :: 17 \text{ apples} | 17 \text{ cities} | 17 \text{ square meters} | 17\text{th} | 17 units |
+6 :: \boldsymbol{6} | \color{red}{6} | {\Large 6} | ６ | 6个 | \mathbf{6} | 6 meters per second |
+\{6\} ;; -3 :: －3 ;; (1,2) :: （1，2） ;; 12 :: １２ | 12元 ;; \text{Yes} :: yes | Yes | \textbf{yes} ;;
+10\% :: 10 ;; (n-1)! :: (n - 1)! ;; 3:4 :: 3 : 4 ;;
+\mathbb{R}\setminus\{2\} :: \mathbb{R} \setminus \{2\} ;; 27.0 :: 27 ;; 17 :: 17 \text{ apples} |
+17 \text{ cities} | 17 \text{ square meters} | 17\text{th} | 17 units |
 17 \mathrm{~m} / \mathrm{s}^2 | 17 \text{ W} | 17 \text{ meters squared} | 17 \text{ months} |
 17 cm | 17 米 | 17平方米 | 17 \text{元} | 17 \% | f(3) = 17 | \angle ABC = 17^\circ | 17 分 ;;
 60 cm :: 60 | 60 \text{ cm} ;; 12元 :: 12 | 12 \text{元} ;; 60 miles :: 60 ;; x \in [-2,7] :: [-2,7] |
 -2 \le x \le 7 | x ∈ [-2,7] ;; P(x)=x^2 :: x^2 | P(x) = x^2 | x \cdot x ;; f^{-1}(x)=2x :: 2x ;;
 (x,y)=(1,2) :: (1,2) ;; \theta = \frac{\pi}{3} :: \pi/3 ;; x=1, x=-2 :: x=-2, x=1 ;; \infty :: ∞ |
-+\infty ;; [2,\infty) :: [2,∞) | x ≥ 2 | x >= 2 ;; 1/2 :: ½ | 0.5 | 50% ;; 5/2 :: 2½ | 2 1/2 |
-2.5 ;; 3/4 :: ¾ ;; 12345 :: 12 345 | 12 345 | 12,345 ;; x \ne 3 :: x != 3 | x ≠ 3 | x \neq 3 ;;
-x \le 3 :: x <= 3 | x ≤ 3 | x \leqslant 3 ;; 37.5 :: 37.5% | 37.5\% ;;
-\frac{(2n)!}{n!n!} :: \binom{2n}{n} ;; 2004! :: 2004! ;; \frac{1}{2^{99}} :: 2^{-99} ;;
-2.5e-19 :: 2.5 \times 10^{-19} ;; e^{16} - 1 :: -1 + exp(16) ;; 2x+4y-3=0 :: y = -1/2*x + 3/4
++\infty ;; [2,\infty) :: [2,∞) | x ≥ 2 | x >= 2 ;; 1/2 :: ½ | 0.5 | 50% ;; 5/2 :: 2½ ;;
+12345 :: 12 345 | 12 345 | 12,345 ;; x \ne 3 :: x != 3 | x ≠ 3 | x \neq 3 ;; x \le 3 :: x <= 3 |
+x ≤ 3 | x \leqslant 3 ;; 37.5 :: 37.5% | 37.5\% ;; \frac{(2n)!}{n!n!} :: \binom{2n}{n} ;;
+2004! :: 2004! ;; \frac{1}{2^{99}} :: 2^{-99} ;; e^{16} - 1 :: -1 + exp(16) ;;
+2x+4y-3=0 :: y = -1/2*x + 3/4
 """
 WRONG = r"""
 120 :: \binom{10}{4} | 4! ;; \foo{3}{10} :: \foo{10}{3} | 30 ;; 61 :: 16 | 6 1 | 60, 61 | 60 or 61 |
@@ -1914,17 +1908,16 @@ def test_only_long_reading_shows_a_sign_of_life(tmp_path, monkeypatch, capsys):
     ("half.json", '{"problem": ', "half.json"), ("number.json", "5", "number.json"),
     ("bad.parquet", "PAR1junk", "bad.parquet"), ("empty.parquet", "", "empty.parquet"),
     ("latin1.jsonl", b'{"problem": "caf\xe9"}', "line 1"), ("deep.json", "[" * 10**6, "deep.json"),
-    ("list.jsonl", '{"problem": "a", "answer": "1"}\n[1]', "row 2"),
+    ("s/s.py", "x = 1", "scripts"), ("list.jsonl", '{"problem": "a", "answer": "1"}\n[1]', "row 2"),
+    ("b/b.jsonl.gz", b"\x1f\x8bjunk", "ended"), ("a/a.jsonl", '{"x":', "JSON parse error"),
     ("columns.jsonl", '{"text": "p", "label": "1"}', "text, label"),
     ("no_truth.jsonl", '{"problem": "p", "reward_model": "rule"}', "reward_model"),
     ("nan.jsonl", '{"problem": "b", "answer": NaN}', "row 1"),
     ("gsm8k.jsonl", '{"question": "b", "answer": "1\\n#### "}', "row 1"),
     ("dict.jsonl", '{"problem": "b", "answer": {"x": 1}}', "row 1"),
     ("system.jsonl", '{"prompt": [{"role": "system", "content": "b"}], "answer": "1"}', "row 1"),
-    ("proofs.jsonl", '{"problem": "b", "answer": "proof"}', "no problem with an answer"),
-    ("s/s.py", "x = 1", "scripts"), ("a/a.jsonl", '{"x":', "JSON parse error"),
-    ("b/b.jsonl.gz", b"\x1f\x8bjunk", "ended")])
-def test_data_that_cannot_be_read_cost_one_line_that_says_why(name, content, fragment, tmp_path):
+    ("proofs.jsonl", '{"problem": "b", "answer": "proof"}', "no problem with an answer")])
+def test_data_that_cannot_be_read_costs_one_line_that_says_why(name, content, fragment, tmp_path):
     file = tmp_path / name
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(content.encode() if isinstance(content, str) else content)
