@@ -36,11 +36,11 @@ WORDS = ("wait", "hmm", "but", "maybe")
 # --- The arms -------------------------------------------------------------------------------------
 
 # Flags after @toy/demo.args. {runs}: runs/lab, {seed}: the seed. Runs that learn are at the top by
-# step 50 or so: STEPS is enough for all but those that wait for chance.
-STEPS = 60
+# step 60 or so: STEPS is enough for all but those that wait for chance.
+STEPS = 70
 ARMS = {
     "grpo": "--method grpo --steps 100",
-    "antisd": "--steps 70",
+    "antisd": "",
     # whose solution is it? Forks of what c holds; the rest is antisd's
     "foreign": "--steps 100",
     "foreign_any": "",
@@ -49,10 +49,10 @@ ARMS = {
     "bare": "",
     "empty": "",
     # other signals, and other ways to add them
-    "sd": "--method sd",
-    "sd_jsd": "--method sd_jsd",
+    "sd": "--method sd --steps 40",
+    "sd_jsd": "--method sd_jsd --steps 40",
     "antisd_kl": "--method antisd_kl",
-    "no_teacher": "--method no_teacher",
+    "no_teacher": "--method no_teacher --steps 40",
     "mul": "--compose mul",
     "right_only": "",                   # a fork: the term acts on right responses only
     # the gate
