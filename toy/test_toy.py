@@ -111,7 +111,7 @@ def test_the_warm_up_is_the_same_twice(tokenizer):
      ["fixed", "term", "so"] + ["fixed"] * 4 + ["early box", "fixed", "fixed"]),
     ("start A1 wait B2 makes 4 so", ["fixed", "term", "go on", "term", "fixed", "slip", "so"]),
     ("start A2 wait B2 makes 4", ["fixed", "misread term", "go on", "term", "fixed", "sum"]),
-    ("start A1 wait C0 makes 1", ["fixed", "term", "go on", "misread term", "fixed", "sum"]),
+    ("start A1 wait C2 makes 3", ["fixed", "term", "go on", "misread term", "fixed", "sum"]),
     ("start A1 wait wait B2", ["fixed", "term", "go on"] + ["garbage"] * 2),
 ])
 def test_the_kinds_of_a_response(response, kinds):
@@ -137,13 +137,15 @@ def group_of(q, texts):
 
 
 def test_the_forks_of_c():
+    """Of four problems the last one's solution fits the second by luck: it names one term."""
     rng = random.Random(4)
-    these = problems(3)
-    rollouts = sum((group_of(q, [q["solution"]] * 2) for q in these), [])
-    pick = lambda group, rng: [(r.problem["solution"], "solution") for r in group]  # noqa: E731
-    for _ in range(20):
-        for c, _ in lab.foreign(rollouts[2:4], rollouts, pick, rng):
-            assert c in (these[0]["solution"], these[2]["solution"])
+    these = problems(4)
+    texts = [q["solution"] for q in these[:3]] + [f"start A{these[1]['terms'][0]} so ..."]
+    rollouts = sum((group_of(q, [text] * 2) for q, text in zip(these, texts)), [])
+    pick = lambda group, rng: [(r.text, "sibling") for r in group]  # noqa: E731
+    for any_of_them, expected in ((False, {texts[0], texts[2]}), (True, {*texts} - {texts[1]})):
+        found = [lab.foreign(rollouts[2:4], rollouts, pick, rng, any_of_them) for _ in range(30)]
+        assert {c for picks in found for c, _ in picks} == expected
     own = these[0]["solution"]
     spoilt, shuffled = lab.spoil(own, rng), lab.shuffle(own, rng)
     assert make_toy.fits(these[0], spoilt).count(False) == 1
