@@ -84,7 +84,7 @@ FORKS = {
     "shuffled": (PICKS, "zip(group, lab.changed(lab.shuffle, pick_solutions(group, rng), rng))"),
     "bare": (PICKS, "zip(group, lab.bare(group))"),
     "empty": (PICKS, 'zip(group, [(" ", "answer")] * len(group))'),
-    "right_only": (SIGNAL, SIGNAL.replace("t[at] - s[at]", "(t[at] - s[at]) * rewards[rows, None]")),
+    "right_only": (SIGNAL, "u[at] = (t[at] - s[at]) * rewards[rows, None]"),
 }
 
 
@@ -389,7 +389,7 @@ def seeds(arms):
 
 
 def views(arms):
-    """A row an arm: u by kind of token while lambda is still 0, so of the base under that arm's c."""
+    """A row an arm: u by kind of token while lambda is 0, so nearly the base's, by the arm's c."""
     columns = [column for column in COLUMNS if column.startswith("u_")]
     print(f"{'arm':20}{'seeds':>6}" + "".join(f"{c[2:]:>11}" for c in columns))
     every = read()

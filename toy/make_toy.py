@@ -20,8 +20,8 @@ tokens a small network did not find that out within 800 steps.
 probability --go_on. With a verified solution *of this problem* in view (the self-teacher) it goes
 on with --go_on_told and boxes that solution's answer. With a solution in view that names a term
 which is not the problem's, it does as the student does: it goes on with --go_on and boxes its own
-sum. A foreign solution whose few terms fit by luck counts as the problem's own, and so does the bare
-answer: only what can be seen is taught.
+sum. A foreign solution whose few terms fit by luck counts as the problem's own, and so does the
+bare answer: only what can be seen is taught.
 
 All of this is taught as it stands. Every trace is *forced* to a random depth, and where the trace
 chooses (to go on, or to say "so") the loss is the cross entropy against the intended probabilities,
@@ -209,9 +209,10 @@ def padded(rows, fill):
 
 
 def example(tokenizer, rng, held_out, go_on, go_on_told, drill):
-    """One warm-up sequence -> ids, labels, others, weights, scales, fitting, all of one length. The loss at
-    a token is weight * CE(label) + (1 - weight) * CE(other), and none where the label is -100.
-    fitting: 1 or 0 at a term of c that fits the problem or does not, -100 elsewhere."""
+    """One warm-up sequence -> ids, labels, others, weights, scales, fitting, all of one length.
+
+    The loss at a token is scale * (weight * CE(label) + (1 - weight) * CE(other)), and none where
+    the label is -100. fitting: at a term of c 1 if the problem has it, else 0; -100 elsewhere."""
     q = make_problem(rng)
     while q["problem"] in held_out:
         q = make_problem(rng)
@@ -262,7 +263,7 @@ class Muon(torch.optim.Optimizer):
                     m = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     m.lerp_(p.grad, 0.05)
                     X.append(p.grad.lerp(m, 0.95))       # Nesterov's
-                X = torch.stack(X)                                           # (matrices, rows, cols)
+                X = torch.stack(X)                       # (matrices, rows, columns)
                 X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
                 for _ in range(5):
                     A = X @ X.mT
@@ -292,8 +293,9 @@ def warm_up(model, tokenizer, rng, held_out, go_on, go_on_told, steps, drill, ra
             rows.sort(key=lambda row: len(row[0]))
             batches = [rows[i:i + BATCH] for i in range(0, len(rows), BATCH)]
             rng.shuffle(batches)
-        ids, labels, others, weights, scales, fitting = (padded(column, fill) for column, fill in
-            zip(zip(*batches.pop()), (tokenizer.pad_token_id, -100, -100, 1.0, 1.0, -100)))
+        ids, labels, others, weights, scales, fitting = (
+            padded(column, fill) for column, fill in zip(
+                zip(*batches.pop()), (tokenizer.pad_token_id, -100, -100, 1.0, 1.0, -100)))
         for optimizer, lr in zip(optimizers, peak):      # a short rise, then down to 0
             optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 20,
                                                        (steps - step) / (0.6 * steps))
