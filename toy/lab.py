@@ -44,7 +44,7 @@ ARMS = {
     # whose solution is it? Forks of what c holds; the rest is antisd's
     "foreign": "--steps 100",
     "foreign_any": "",
-    "spoilt": "",
+    "spoilt": "--steps 60",
     "shuffled": "",
     "bare": "",
     "empty": "",
@@ -53,7 +53,7 @@ ARMS = {
     "sd_jsd": "--method sd_jsd --steps 40",
     "antisd_kl": "--method antisd_kl",
     "no_teacher": "--method no_teacher --steps 40",
-    "mul": "--compose mul",
+    "mul": "--compose mul --steps 60",
     "right_only": "",                   # a fork: the term acts on right responses only
     # the gate
     "no_gate": "--tau_down 0",
