@@ -1,24 +1,24 @@
 """The lab: every arm on several seeds, and every table of LAB.md from toy/results.csv.
 
-    python toy/lab.py run grpo antisd --seeds 20 21 22      # what results.csv does not hold yet
+    python toy/lab.py run grpo antisd --seeds 30 31 32      # what results.csv does not hold yet
     python toy/lab.py ends                                  # a row an arm: learned when, ends where
-    python toy/lab.py seeds grpo antisd                     # a row an arm: every seed's steps
-    python toy/lab.py kinds p20_antisd p20_sd               # u and mistakes by kind of token
+    python toy/lab.py seeds grpo antisd foreign             # a row an arm: every seed's steps
+    python toy/lab.py kinds antisd foreign                  # u and mistakes by kind of token
     python toy/lab.py gate                                  # when the gate moved
-    python toy/lab.py map                                   # steps to 90% against P(go on)
-    python toy/lab.py predict                               # what the model of eight logits says
-    python toy/lab.py picture                               # both as toy/map.svg
+    python toy/lab.py views                                 # u of the base by whose solution is c
 
 A run is `antisd.py @toy/demo.args`, the arm's flags and a seed, in a process of one thread, --jobs
 of them at a time; its folder is runs/lab/ARM_SEED. When it has ended, its lines are added to
 toy/results.csv, a line a step; an empty cell was not measured. Runs that results.csv holds are
 skipped, so an interrupted lab goes on where it stopped.
+
+Arms that antisd.py has no flag for are forks: one line of its source, found by its text, is
+replaced before the source is executed (FORKS).
 """
 
 import argparse
 import csv
 import json
-import math
 import os
 import re
 import statistics
@@ -35,27 +35,33 @@ WORDS = ("wait", "hmm", "but", "maybe")
 
 # --- The arms -------------------------------------------------------------------------------------
 
-# Flags after @toy/demo.args. {runs}: runs/lab, {base}: an arm's prefix, {seed}: the seed. Runs that
-# learn are at the top by step 50 or so: STEPS is enough for all but those that wait for chance.
-STEPS = 60
-FLAGS = {
+# Flags after @toy/demo.args. {runs}: runs/lab, {seed}: the seed. Runs that learn are at the top by
+# step 60 or so: STEPS is enough for all but those that wait for chance.
+STEPS = 70
+ARMS = {
     "grpo": "--method grpo --steps 100",
-    "antisd": "--steps 70",
-    "sd": "--method sd",
-    "sd_jsd": "--method sd_jsd",
+    "antisd": "",
+    # whose solution is it? Forks of what c holds; the rest is antisd's
+    "foreign": "--steps 100",
+    "foreign_any": "",
+    "spoilt": "--steps 60",
+    "shuffled": "",
+    "bare": "",
+    "empty": "",
+    # other signals, and other ways to add them
+    "sd": "--method sd --steps 40",
+    "sd_jsd": "--method sd_jsd --steps 40",
     "antisd_kl": "--method antisd_kl",
-    "no_teacher": "--method no_teacher",
+    "no_teacher": "--method no_teacher --steps 40",
+    "mul": "--compose mul --steps 60",
+    "right_only": "",                   # a fork: the term acts on right responses only
+    # the gate
     "no_gate": "--tau_down 0",
-    "tau_90": "--tau_down 0.90",
-    "tau_95": "--tau_down 0.95",
-    "mul": "--compose mul",
     "student_gate": "--gate_source student",
-    "lam_01": "--lam 0.1",
-    "undecided": "",                    # with the fork below
     # stopped before anything is learned; then both go on from there
     "grpo_stopped": "--method grpo --steps 15 --save_every 15",
-    "grpo_on": "--method grpo --init_from {runs}/{base}grpo_stopped_{seed} --steps 85",
-    "continual": "--init_from {runs}/{base}grpo_stopped_{seed}",
+    "grpo_on": "--method grpo --init_from {runs}/grpo_stopped_{seed} --steps 85",
+    "continual": "--init_from {runs}/grpo_stopped_{seed}",
     # four training problems of ten have an answer that no sum is
     "unsolvable_grpo": "--method grpo --dataset {runs}/unsolvable.jsonl",
     "unsolvable": "--dataset {runs}/unsolvable.jsonl",
@@ -63,29 +69,66 @@ FLAGS = {
     # three times as long
     "long": "--steps 180",
     "long_no_gate": "--tau_down 0 --steps 180",
+    "long_grpo": "--method grpo --steps 180",
     # the gate's statistic is a mean over fewer tokens
     "batch_8": "--problems_per_step 8",
-    "batch_8_no_gate": "--problems_per_step 8 --tau_down 0",
 }
 
-# The bases: P(go on) without and with a solution in view. "" is toy/model.
-BASES = {"": (0.27, 0.09), "p15_": (0.15, 0.06), "p20_": (0.20, 0.08), "p25_": (0.25, 0.10),
-         "p30_": (0.30, 0.12), "p37_": (0.37, 0.148)}
-ARMS = {}
-for base in BASES:
-    on_base = base and f"--model {{runs}}/{base}base/model "
-    whole_lab = base in ("", "p20_")                     # on the others the map alone
-    ARMS |= {base + arm: on_base + flags for arm, flags in FLAGS.items()} if whole_lab else {
-        f"{base}grpo": f"{on_base}--method grpo --steps 75", f"{base}antisd": on_base}
-
-# The fork that is "undecided": the one line of `train` where u is formed. A token on which the
-# student's entropy is below a tenth of a nat gets no AntiSD term.
-FORK = ("u[at] = t[at] - s ", "u[at] = (t[at] - s) * (H_S > 0.1) ")
-
+# arm -> (a line's text in antisd.py, what stands there instead). `lab` is this module.
+PICKS, SIGNAL = "zip(group, pick_solutions(group, rng))", "u[at] = t[at] - s[at]"
+FORKS = {
+    # shown to the teacher as this problem's own solution:
+    "foreign": (PICKS, "zip(group, lab.foreign(group, rollouts, pick_solutions, rng))"),
+    "foreign_any": (PICKS, "zip(group, lab.foreign(group, rollouts, pick_solutions, rng, True))"),
+    "spoilt": (PICKS, "zip(group, lab.changed(lab.spoil, pick_solutions(group, rng), rng))"),
+    "shuffled": (PICKS, "zip(group, lab.changed(lab.shuffle, pick_solutions(group, rng), rng))"),
+    "bare": (PICKS, "zip(group, lab.bare(group))"),
+    "empty": (PICKS, 'zip(group, [(" ", "answer")] * len(group))'),
+    "right_only": (SIGNAL, "u[at] = (t[at] - s[at]) * rewards[rows, None]"),
+}
 
 
-def base_of(arm):
-    return next((base for base in BASES if base and arm.startswith(base)), "")
+def terms_fit(solution, problem):
+    """Whether every term that a solution names is the problem's, both text."""
+    terms = dict(re.findall(r"([A-I])(\d)", problem))
+    return all(terms[letter] == term for letter, term in re.findall(r"([A-I])(\d)", solution))
+
+
+def foreign(group, rollouts, pick_solutions, rng, any_of_them=False):
+    """For each response of a group the solution that a response to another problem of the batch is
+    shown; one with a term that does not fit this problem, or any_of_them."""
+    size, problem, picks = len(group), group[0].problem["problem"], []
+    groups = [rollouts[i:i + size] for i in range(0, len(rollouts), size)]
+    others = [g for g in groups if g[0].problem["problem"] != problem]
+    for _ in group:
+        while True:
+            c, source = rng.choice(pick_solutions(rng.choice(others), rng))
+            if any_of_them or not terms_fit(c, problem):
+                break
+        picks.append((c, source))
+    return picks
+
+
+def changed(change, picks, rng):
+    return [(change(c, rng), source) for c, source in picks]
+
+
+def spoil(c, rng):
+    """One term of a solution is another number, its sums and its box are as they were."""
+    place = rng.choice([m.end() - 1 for m in re.finditer(r"[A-I]\d", c)])
+    return c[:place] + str((int(c[place]) + rng.randrange(1, 5)) % 5) + c[place + 1:]
+
+
+def shuffle(c, rng):
+    """A solution's additions in a random order, each with its own term and sum."""
+    chain, so, end = c.partition(" so ")
+    parts = re.split(r" (?=wait|hmm|but|maybe)", chain)
+    rng.shuffle(parts)
+    return " ".join(parts) + so + end
+
+
+def bare(group):
+    return [("The answer is \\boxed{" + r.problem["answer"] + "}.", "answer") for r in group]
 
 
 # --- One run --------------------------------------------------------------------------------------
@@ -95,7 +138,7 @@ def kinds_of(tokens, problem):
     """What each token of a response is for, by the grammar of the traces: a list of names."""
     terms, kinds, total, depth = dict(re.findall(r"([A-Z])(\d)", problem)), [], None, 0
     letters, body = sorted(terms), True
-    expect = ["start", "A", "term"]
+    expect = ["start", "term"]
     for i, token in enumerate(tokens):
         want = expect.pop(0) if expect else "choice" if body else None
         if want == "choice" and token == "so":
@@ -104,10 +147,11 @@ def kinds_of(tokens, problem):
         elif want == "choice" and token in WORDS and depth < len(letters) - 1:
             depth += 1
             kinds.append("go on")
-            expect = [letters[depth], "term", "makes", "sum"]
-        elif want == "term" and token.isdigit():
-            kinds.append("term" if token == terms[letters[depth]] else "misread term")
-            added = int(token)
+            expect = ["term", "makes", "sum"]
+        elif want == "term" and re.fullmatch("[A-I]\\d", token):
+            right = token == letters[depth] + terms[letters[depth]]
+            kinds.append("term" if right else "misread term")
+            added = int(token[1])
             total = added if total is None else total
         elif want == "sum" and token.isdigit():
             kinds.append("sum" if int(token) == (total + added) % 5 else "slip")
@@ -137,11 +181,11 @@ def count_kinds(tokenizer, rollouts, u):
 def one(arm, seed, source):
     """Runs one arm on one seed in this process, antisd.py's `summary` extended by the kinds."""
     text = source.read_text()
-    if arm.endswith("undecided"):
-        assert text.count(FORK[0]) == 1, f"{source} forms u in another way: mend FORK"
-        text = text.replace(*FORK)
+    if arm in FORKS:
+        assert text.count(FORKS[arm][0]) == 1, f"{source} has other lines: mend FORKS of lab.py"
+        text = text.replace(*FORKS[arm])
     antisd = types.ModuleType("antisd")
-    antisd.__file__ = str(source)
+    antisd.__file__, antisd.lab = str(source), sys.modules[__name__]
     sys.modules["antisd"] = antisd                       # dataclasses look their module up
     exec(compile(text, str(source), "exec"), antisd.__dict__)
     from transformers import AutoTokenizer
@@ -152,7 +196,7 @@ def one(arm, seed, source):
                 | count_kinds(tokenizer, rollouts, u))
 
     antisd.summary = summary
-    flags = ARMS[arm].format(runs=RUNS, base=base_of(arm), seed=seed).split()
+    flags = ARMS[arm].format(runs=RUNS, seed=seed).split()
     sys.argv = [str(source), f"@{TOY / 'demo.args'}", "--steps", str(STEPS), "--save_every", "0",
                 *flags, "--seed", str(seed), "--output", str(RUNS / f"{arm}_{seed}")]
     antisd.main(antisd.train)
@@ -199,17 +243,9 @@ def condensed(arm, seed):
         yield cells
 
 
-def prepare(arms):
-    """Bases and data that some arms need and that are made here."""
+def prepare():
+    """The data that some arms need."""
     RUNS.mkdir(parents=True, exist_ok=True)
-    needed = {base_of(arm) for arm in arms} - {""}
-    for base in ["p20_"] * bool(needed) + sorted(needed - {"p20_"}):
-        if not (RUNS / f"{base}base" / "model").exists():
-            go_on, told = map(str, BASES[base])          # p20_ from scratch, the others from that
-            init = [] if base == "p20_" else ["--init", str(RUNS / "p20_base")]
-            subprocess.run([sys.executable, str(TOY / "make_toy.py"), "--go_on", go_on,
-                            "--go_on_told", told, *init, "--output", str(RUNS / f"{base}base")],
-                           check=True)
     rows = [json.loads(line) for line in (TOY / "train.jsonl").read_text().splitlines()]
     for row in rows[:len(rows) * 4 // 10]:               # their order is random
         row["answer"] = "5"
@@ -220,7 +256,7 @@ def prepare(arms):
 def run(arms, seeds, jobs, source):
     """Every arm on every seed that results.csv does not hold, in the order of the arms."""
     held, lock = read(), threading.Lock()
-    prepare(arms)
+    prepare()
 
     def work(arm, seed):
         command = [sys.executable, str(TOY / "lab.py"), "one", arm, "--seeds", str(seed),
@@ -328,7 +364,7 @@ def ends(arms):
           f"{'shut':>6}")
     every = by_arm([])
     for arm, runs in by_arm(arms).items():
-        grpo = every.get(f"{base_of(arm)}grpo", {})
+        grpo = every.get("grpo", {})
         each = list(runs.values())
         of = lambda key: statistics.fmean(run[key] for run in each if run[key] is not None)  # noqa
         gated = each[0]["open"] is not None and each[0]["H_T"] is not None
@@ -352,10 +388,21 @@ def seeds(arms):
             f"{100 * run['end']:.0f}" for seed, run in runs.items()))
 
 
+def views(arms):
+    """A row an arm: u by kind of token while lambda is 0, so nearly the base's, by the arm's c."""
+    columns = [column for column in COLUMNS if column.startswith("u_")]
+    print(f"{'arm':20}{'seeds':>6}" + "".join(f"{c[2:]:>11}" for c in columns))
+    every = read()
+    for arm in by_arm(arms):
+        runs = [rows[:5] for (name, _), rows in every.items() if name == arm]
+        if runs[0][4]["lam"] == 0 and runs[0][4]["step"] == 4:
+            print(f"{arm:20}{len(runs):6}"
+                  + "".join(f"{show(mean(sum(runs, []), c), 3):>11}" for c in columns))
+
+
 def kinds(arms):
     """Every ten steps: P(go on), whole chains, mistakes in percent, and u by kind of token."""
-    columns = ("u_go_on", "u_early_so", "u_sum", "u_slip", "u_term", "u_fixed", "u_early_box",
-               "u_box")
+    columns = [column for column in COLUMNS if column.startswith("u_")]
     print(f"{'arm':20}{'steps':>8}{'P(go on)':>10}{'whole %':>9}{'slips %':>9}{'misread %':>11}"
           f"{'garbage %':>11}{'H_T':>8}" + "".join(f"{c[2:]:>11}" for c in columns))
     every = read()
@@ -385,143 +432,13 @@ def gate(arms):
             print(f"{arm:20}{seed:3}  {' '.join(moves) or 'open throughout'}")
 
 
-# --- The prediction and the picture ---------------------------------------------------------------
-
-# What the prediction knows of the network: how far one of Adam's steps, all in one direction, moves
-# the logit of P(go on), and how much of that is of one depth alone. Set by the pilots on seeds 100
-# and 101 (LAB.md), before any run that is reported.
-STEP, OWN = 0.3, 0.5
-
-
-def simulate(go_on, told, method, steps, runs=60, lam=0.5, problems=32, group=8):
-    """Held-out accuracy (steps, runs) of a policy that is nothing but its 8 choices.
-
-    The logit of P(go on) at depth k is a + b_k, the teacher's the same less a constant. 256 chains
-    a step are drawn, graded (whole: right; else right by luck, 1 in 5, the same for all of a group
-    that stop there), A_seq and Eq. (6) computed, and a and b_k moved by Adam. GRPO is then a random
-    walk, whose drift at depth k is that of p^8; what AntiSD adds at every depth reached,
-    p(1 - p) lambda (phi(u_so) - phi(u_go)), is steady."""
-    import numpy as np
-    depths, rng = 8, np.random.default_rng(0)
-    start = np.log(go_on / (1 - go_on))
-    shift = np.log(told / (1 - told)) - start
-    weights, m, v = (np.zeros((runs, 1 + depths)) for _ in range(3))         # a, b_1 .. b_8
-    rates = STEP * np.array([1 - OWN] + [OWN] * depths)
-    gate, warm, curve, k = np.ones(runs), [], [], np.arange(depths)
-    phi = lambda u: 0.5 * (np.logaddexp(0, u) - np.log(2))  # noqa: E731
-    for step in range(steps):
-        logits = start + weights[:, :1] + weights[:, 1:]
-        p, q = 1 / (1 + np.exp(-logits)), 1 / (1 + np.exp(-logits - shift))  # (runs, depths)
-        whole = p.prod(1)
-        curve.append(whole + 0.2 * (1 - whole))
-        goes = rng.random((runs, problems, group, depths)) < p[:, None, None]
-        length = np.where(goes.all(-1), depths, (~goes).argmax(-1))          # (runs, B, G)
-        right = rng.random((runs, problems, depths + 1)) < 0.2
-        right[..., depths] = True
-        rewards = np.take_along_axis(right, length, 2).astype(float)
-        std = rewards.std(2, ddof=1, keepdims=True)
-        a_seq = ((rewards - rewards.mean(2, keepdims=True)) / (std + 1e-6))[..., None]
-        went, stopped = k < length[..., None], k == length[..., None]
-        tokens = (11 + 5 * length).sum((1, 2))
-        lam_now = np.zeros(runs)
-        if method == "antisd":
-            entropy = -(q * np.log(q) + (1 - q) * np.log(1 - q))
-            H = ((went | stopped) * entropy[:, None, None]).sum((1, 2, 3)) / tokens
-            if step < 5:
-                warm.append(H)
-            else:
-                h_warm = np.median(warm, 0)
-                gate = np.where(H >= h_warm, 1, np.where(H < 0.93 * h_warm, 0, gate))
-                lam_now = lam * gate
-        pay_go, pay_so = (-(lam_now[:, None] * phi(u))[:, None, None] for u in (
-            np.log(q / p), np.log((1 - q) / (1 - p))))
-        gradient = (went * (a_seq + pay_go) * (1 - p[:, None, None])
-                    - stopped * (a_seq + pay_so) * p[:, None, None]).sum((1, 2)) / tokens[:, None]
-        gradient = np.concatenate([gradient.sum(1, keepdims=True), gradient], 1)
-        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
-        scaled = (m / (1 - 0.9**(step + 1))) / (np.sqrt(v / (1 - 0.999**(step + 1))) + 1e-8)
-        weights += rates * min(1, (step + 1) / 40) * scaled                  # --warmup_lr_steps 40
-    return np.array(curve)
-
-
-def first_at(accuracy, level=0.9):
-    """(steps, runs) -> each run's first step at `level`, infinity where it never gets there."""
-    hit = accuracy >= level
-    return [float(column.argmax()) if column.any() else math.inf for column in hit.T]
-
-
-def quartiles(values):
-    values = sorted(values)
-    return [values[int(share * (len(values) - 1))] for share in (0.25, 0.5, 0.75)]
-
-
-def predict(_):
-    """The model of eight logits: of 60 runs each, steps to 90%, and how many get there in 100."""
-    print(f"{'P(go on)':>8}  {'GRPO: quartiles, learn':>32}  {'AntiSD: quartiles, learn':>32}")
-    for go_on, told in sorted(BASES.values()):
-        cells = []
-        for method in ("grpo", "antisd"):
-            steps = first_at(simulate(go_on, told, method, 100))
-            q = " ".join(f"{x:4.0f}" for x in quartiles(steps))
-            cells.append(f"{q}  {statistics.fmean(math.isfinite(x) for x in steps):4.0%}")
-        print(f"{go_on:8.2f}  {cells[0]:>32}  {cells[1]:>32}")
-
-
-def map_points():
-    """{method: [(P(go on), [each run's steps to 90%, None for never])]}, the shipped base's too."""
-    every = by_arm([])
-    return {method: sorted((go_on, [run["to90"] for run in every.get(base + method, {}).values()])
-                           for base, (go_on, _) in BASES.items())
-            for method in ("grpo", "antisd")}
-
-
-def map_table(_):
-    """Steps to 90% held-out by P(go on), a number a seed, "-" for never."""
-    for method, found in map_points().items():
-        for p, steps in found:
-            print(f"{method:8}{p:.2f}   " + "  ".join(show(s, 0) for s in steps))
-
-
-def picture(_):
-    """toy/map.svg: a dot a run, above the line those that never learned; behind, the prediction."""
-    import matplotlib
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "antisd"       # the same picture gives the same file
-    from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(figsize=(7.2, 4.2), facecolor="white")
-    never = 112
-    for method, colour, name, shift in (("grpo", "#c2410c", "GRPO", 0.003),
-                                        ("antisd", "#1d4ed8", "AntiSD", -0.003)):
-        bands = [quartiles(first_at(simulate(*base, method, 100))) for base in sorted(
-            BASES.values())]
-        grid = [go_on for go_on, _ in sorted(BASES.values())]
-        low, middle, high = ([min(x, never) for x in line] for line in zip(*bands))
-        axes.fill_between(grid, low, high, color=colour, alpha=0.13, lw=0)
-        axes.plot(grid, middle, color=colour, lw=1.5, ls="--",
-                  label=f"{name}, predicted (median, quartiles)")
-        axes.plot([], [], "o", ms=5, color=colour, label=f"{name}, a run each")
-        for p, steps in map_points()[method]:
-            for i, step in enumerate(steps):
-                axes.plot(p + shift + 0.0012 * (i - len(steps) / 2),
-                          never if step is None else step, "o", ms=5, mec=colour, lw=0,
-                          mfc="white" if step is None else colour)
-    axes.axhline(104, color="#666666", lw=0.8)
-    axes.set_yticks([*range(0, 101, 20), never], [*map(str, range(0, 101, 20)), "not in\nthe run"])
-    axes.set(xlabel="the base's P(go on) at each of 8 decisions", ylim=(0, 118),
-             ylabel="steps to 90% held-out accuracy")
-    axes.legend(frameon=False, loc="lower center", ncols=2, fontsize=9)
-    figure.tight_layout()
-    figure.savefig(TOY / "map.svg", metadata={"Date": None})
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    tables = {"ends": ends, "seeds": seeds, "kinds": kinds, "gate": gate, "map": map_table,
-              "predict": predict, "picture": picture}
+    tables = {"ends": ends, "seeds": seeds, "kinds": kinds, "gate": gate, "views": views}
     parser.add_argument("command", choices=["run", "one", *tables])
     parser.add_argument("arms", nargs="*", help=f"of: {', '.join(ARMS)}; default: all")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[20, 21, 22, 23, 24])
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[30, 31, 32, 33])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--source", type=Path, default=ROOT / "antisd.py", help="the trainer")
     args = parser.parse_args()
     unknown = set(args.arms) - set(ARMS)

@@ -12,31 +12,42 @@ once in five:
 
 The order is shuffled so that a term has to be looked up by its letter. By its place would do as
 well where the problem always stands in the same spot, but a teacher reads solutions of every length
-in between, and then cannot find its way back.
+in between, and then cannot find its way back. A term is one token, so that to compare a solution
+with the problem is to ask of each term whether it stood there before. With letter and number as two
+tokens a small network did not find that out within 800 steps.
 
 **The base** has every sub-skill at every depth and stops too early: after each term it goes on with
-probability --go_on, and with a verified solution in view (the self-teacher) with --go_on_told. Both
-are taught as they stand. Every trace is *forced* to a random depth, and where the trace chooses (to
-go on, or to say "so") the loss is the cross entropy against the intended probabilities, whatever
-this trace does there. Free traces would hardly ever get deep: they would neither teach the later
-terms, nor would a check that reads them see that. The first steps show whole chains of the student
-alone, short prompts with many sums: with the teacher's prompts mixed in from the start, addition
-modulo 5 was not found within 2,500 steps. The last steps, at a tenth of the learning rates, set the
-probabilities; --init takes the skills of another base and does these alone.
+probability --go_on. With a verified solution *of this problem* in view (the self-teacher) it goes
+on with --go_on_told and boxes that solution's answer. With a solution in view that names a term
+which is not the problem's, it does as the student does: it goes on with --go_on and boxes its own
+sum. A foreign solution whose few terms fit by luck counts as the problem's own, and so does the
+bare answer: only what can be seen is taught.
+
+All of this is taught as it stands. Every trace is *forced* to a random depth, and where the trace
+chooses (to go on, or to say "so") the loss is the cross entropy against the intended probabilities,
+whatever this trace does there. Free traces would hardly ever get deep: they would neither teach the
+later terms, nor would a check that reads them see that. The first steps show whole chains of the
+student alone, short prompts with many sums: with the teacher's prompts mixed in from the start,
+addition modulo 5 was not found within 2,500 steps. A linear probe that is thrown away afterwards
+asks the last layer's input, at each term of a solution, whether it fits; that is how the network
+comes to compare. The last steps, at a tenth of the learning rates, set the probabilities; --init
+takes the skills of another base and does these alone.
 
 **The check** forces chains as well, some with slips, and reads the probability of every token that
 follows from what stands before it. It ends with exit code 1 when a kind of token is below 99.9%
-right at any depth, for the student or for the teacher under any kind of solution, or when P(go on)
-is off by more than 0.02.
+right at any depth, for the student or for the teacher under any kind of solution, own or foreign,
+or when P(go on) is off by more than 0.02.
 
-**What is authored.** All of it. In particular *we wrote that a solution in view makes the teacher
-eager to stop*. It is modelled on what the paper reports of large models and did not emerge here.
-What the toy can show is what each training signal does with such a teacher. LAB.md has the rest.
+**What is authored.** All of it. In particular *we wrote that a solution of this problem in view
+makes the teacher eager to stop*. It is modelled on what the paper reports of large models and did
+not emerge here. What the toy can show is what each training signal does with such a teacher.
+LAB.md has the rest.
 """
 
 import argparse
 import json
 import random
+import re
 import sys
 import time
 from pathlib import Path
@@ -57,16 +68,18 @@ WORDS = ("wait", "hmm", "but", "maybe")     # in turn: the word follows from the
                                             # is undecided is whether to go on
 TRAIN, TEST = 1500, 320     # problems; no test problem is trained on
 
-TOLD = 0.5                  # the share of warm-up traces with a solution in view, of these kinds:
-SOLUTIONS = {"bare": 0.15, "full": 0.25, "lucky": 0.25, "short": 0.35}
+TOLD = 0.6                  # the share of warm-up traces with a solution in view, of these kinds:
+SOLUTIONS = {"bare": 0.15, "full": 0.20, "lucky": 0.25, "short": 0.40}
+FOREIGN = 0.4               # P(a solution in view is another problem's), but for the bare answer
 SLIP = 0.05                 # the share of sums that are forced wrong: what follows is then computed
                             # from the sum that stands there, by student and teacher alike
 
 WIDTH, LAYERS, BATCH = 128, 2, 32
-STEPS, DRILL = 1200, 500    # of the skills; the first on whole chains of the student alone
-GO_ON, GO_ON_TOLD = 0.35, 0.105         # while the skills are learned
-STEPS_TUNE, RATE_TUNE = 150, 0.1        # then --go_on is set, at a tenth of the learning rates
-SUM_WEIGHT = 5              # of a sum in the loss: adding is the hardest thing to learn
+STEPS, DRILL = 2400, 450   # of the skills; the first on whole chains of the student alone
+GO_ON, GO_ON_TOLD = 0.27, 0.09           # while the skills are learned
+STEPS_TUNE, RATE_TUNE = 200, 0.1        # then --go_on is set, at a tenth of the learning rates
+FIT_WEIGHT, FIT_UNTIL = 1.0, 0.8        # of the probe's loss, and for what share of the steps
+WEIGHTS = {"sum": 5, "boxed digit": 5, "go on": 3}  # in the loss; other kinds of token count 1
 
 
 # --- Problems and traces --------------------------------------------------------------------------
@@ -89,14 +102,14 @@ def trace(q, stop, box=None, slip=0.0, rng=None):
     is either side of that choice, so also the "so" of a trace that stops early. depth: how many
     terms were added before."""
     total = q["terms"][0]
-    tokens = [("start", "fixed word", 0), ("A", "fixed word", 0), (str(total), "term", 0)]
+    terms = [f"{letter}{term}" for letter, term in zip(LETTERS, q["terms"])]
+    tokens = [("start", "fixed word", 0), (terms[0], "term", 0)]
     for k in range(1, stop + 1):
         total, kind = (total + q["terms"][k]) % MODULUS, "sum"
         if slip and rng.random() < slip:
             total, kind = (total + rng.randrange(1, MODULUS)) % MODULUS, "slip"
-        tokens += [(WORDS[(k - 1) % len(WORDS)], "go on", k - 1), (LETTERS[k], "fixed word", k),
-                   (str(q["terms"][k]), "term", k), ("makes", "fixed word", k),
-                   (str(total), kind, k)]
+        tokens += [(WORDS[(k - 1) % len(WORDS)], "go on", k - 1), (terms[k], "term", k),
+                   ("makes", "fixed word", k), (str(total), kind, k)]
     return tokens + [("so", "go on" if stop < LAST else "last so", stop),
                      *((word, "fixed word", stop) for word in ("the", "answer", "is", "\\boxed{")),
                      (str(total) if box is None else box, "boxed digit", stop),
@@ -116,13 +129,30 @@ def solution(q, kind, rng):
     return text(trace(q, {"full": LAST, "lucky": rng.choice(right), "short": right[0]}[kind]))
 
 
-def sequence(tokenizer, q, stop, kind, slip, rng):
-    """A forced trace behind its prompt -> prompt's ids, response's ids and its trace. kind: of the
-    solution in view, or None for the student."""
-    messages = student_messages(q["problem"])
-    if kind:        # the verdict is on an attempt that is not shown: it says nothing of the trace
-        messages = teacher_messages(q["problem"], solution(q, kind, rng), rng.random() < 0.5)
-    tokens = trace(q, stop, q["answer"] if kind else None, slip, rng)
+def fits(q, c):
+    """For each term that a solution c names, in turn: is it the problem's?"""
+    return [q["terms"][LETTERS.index(letter)] == int(term)
+            for letter, term in re.findall(f"([{LETTERS}])(\\d)", c)]
+
+
+def in_view(q, kind, rng):
+    """The solution that the check shows, as text. kind: one of SOLUTIONS; behind "foreign" it is
+    that of another problem, with a term that does not fit."""
+    c = solution(q, kind.split()[-1], rng)
+    while kind.startswith("foreign") and all(fits(q, c)):
+        c = solution(make_problem(rng), kind.split()[-1], rng)
+    return c
+
+
+def sequence(tokenizer, q, stop, c, slip, rng):
+    """A forced trace behind its prompt -> prompt's ids, response's ids and its trace. c: the
+    solution in view, whose answer is boxed where all its terms fit; None for the student."""
+    messages, box = student_messages(q["problem"]), None
+    if c:           # the verdict is on an attempt that is not shown: it says nothing of the trace
+        messages = teacher_messages(q["problem"], c, rng.random() < 0.5)
+        if all(fits(q, c)):
+            box = re.search(r"boxed\{ ?(\d)", c)[1]
+    tokens = trace(q, stop, box, slip, rng)
     tokens.append((tokenizer.eos_token, "fixed word", stop))
     prompt = render(tokenizer, messages, {})
     response = tokenizer.convert_tokens_to_ids([token for token, _, _ in tokens])
@@ -134,13 +164,14 @@ def sequence(tokenizer, q, stop, kind, slip, rng):
 
 
 def make_tokenizer():
-    """Whole words, single letters and numbers, so that decode and encode give the same ids."""
-    pieces = Regex(r"\\boxed\{|[A-Za-z]+|\d+|[^\sA-Za-z\d]")
+    """Whole words, numbers, and terms such as C4, so that decode and encode give the same ids."""
+    pieces = Regex(r"\\boxed\{|[A-I]\d|[A-Za-z]+|\d+|[^\sA-Za-z\d]")
     pre = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(),
                                    pre_tokenizers.Split(pieces, "isolated")])
     q = make_problem(random.Random(0))
     texts = ["system user assistant The answer is .", q["problem"], q["solution"],
              " ".join(map(str, range(MODULUS + 1))),
+             " ".join(f"{letter}{term}" for letter in LETTERS for term in range(MODULUS)),
              # a stand-in for c: with an empty one the teacher's prompt is the student's
              *(m["content"] for right in (True, False) for m in teacher_messages("", "?", right))]
     words = [word for text in texts for word, _ in pre.pre_tokenize_str(text)]
@@ -178,32 +209,81 @@ def padded(rows, fill):
 
 
 def example(tokenizer, rng, held_out, go_on, go_on_told, drill):
-    """One warm-up sequence -> ids, labels, others, weights, all of one length. The loss at a token
-    is weight * CE(label) + (1 - weight) * CE(other), and none where the label is -100."""
+    """One warm-up sequence -> ids, labels, others, weights, scales, fitting, all of one length.
+
+    The loss at a token is scale * (weight * CE(label) + (1 - weight) * CE(other)), and none where
+    the label is -100. fitting: at a term of c 1 if the problem has it, else 0; -100 elsewhere."""
     q = make_problem(rng)
     while q["problem"] in held_out:
         q = make_problem(rng)
-    kind = None
+    c = None
     if not drill and rng.random() < TOLD:
         kind = rng.choices(list(SOLUTIONS), SOLUTIONS.values())[0]
+        other = kind != "bare" and rng.random() < FOREIGN
+        c = solution(make_problem(rng) if other else q, kind, rng)
+    told = c and all(fits(q, c))
     stop = LAST if drill or rng.random() < 0.5 else rng.randrange(LAST + 1)
-    prompt, response, tokens = sequence(tokenizer, q, stop, kind, SLIP, rng)
-    labels, others, weights = ([fill] * len(prompt) for fill in (-100, -100, 1.0))
+    prompt, response, tokens = sequence(tokenizer, q, stop, c, SLIP, rng)
+    labels, others, weights, scales = ([fill] * len(prompt) for fill in (-100, -100, 1.0, 1.0))
     for y, (_, role, depth) in zip(response, tokens):
         label, other, weight = (-100 if role == "slip" else y), -100, 1.0
         if role == "go on":
             label, other = tokenizer.convert_tokens_to_ids([WORDS[depth % len(WORDS)], "so"])
-            weight = go_on_told if kind else go_on
+            weight = go_on_told if told else go_on
         labels.append(label), others.append(other), weights.append(weight)
-    return prompt + response, labels, others, weights
+        scales.append(float(WEIGHTS.get(role, 1)))
+    fitting = [-100] * len(labels)
+    if c:
+        start = len(prompt) - prompt[::-1].index(tokenizer.convert_tokens_to_ids("attempt"))
+        places = [i for i in range(start, len(prompt))
+                  if tokenizer.convert_ids_to_tokens(prompt[i])[0] in LETTERS]
+        for i, fit in zip(places, fits(q, c), strict=True):
+            fitting[i] = int(fit)
+    return prompt + response, labels, others, weights, scales, fitting
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, and then each matrix's step made nearly orthogonal by Newton-Schulz iterations.
+
+    As torch.optim.Muon, but all matrices of a shape at once and in float32: in bfloat16 these
+    products take half of the whole warm-up on a CPU."""
+
+    def __init__(self, params, lr):
+        super().__init__(list(params), {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                shapes.setdefault(p.shape, []).append(p)
+            for same in shapes.values():
+                X = []
+                for p in same:
+                    m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    m.lerp_(p.grad, 0.05)
+                    X.append(p.grad.lerp(m, 0.95))       # Nesterov's
+                X = torch.stack(X)                       # (matrices, rows, columns)
+                X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
+                for _ in range(5):
+                    A = X @ X.mT
+                    X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+                for p, x in zip(same, X):
+                    p.sub_(x, alpha=group["lr"] * max(1, p.shape[0] / p.shape[1])**0.5)
 
 
 def warm_up(model, tokenizer, rng, held_out, go_on, go_on_told, steps, drill, rate):
-    """Supervised training. Muon on the matrices is what makes it fit into minutes."""
+    """Supervised training. Muon on the matrices is what makes it fit into minutes. drill: steps on
+    whole chains of the student alone; 0 where the skills are there, and only p and q are set.
+
+    The probe is a linear layer that tells, from what enters the last layer at a term of c, whether
+    the term is the problem's. The last layer can then see at a decision whether any was not."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     the_rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    optimizers = [torch.optim.Muon(matrices, lr=0.02 * rate, weight_decay=0.0),
-                  torch.optim.AdamW(the_rest, lr=4e-3 * rate, weight_decay=0.0)]
+    probe = torch.nn.Linear(WIDTH, 2)
+    optimizers = [Muon(matrices, lr=0.02 * rate),
+                  torch.optim.AdamW([*the_rest, *probe.parameters()], lr=4e-3 * rate,
+                                    weight_decay=0.0)]
     peak = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     batches = []
     for step in range(steps):
@@ -213,21 +293,26 @@ def warm_up(model, tokenizer, rng, held_out, go_on, go_on_told, steps, drill, ra
             rows.sort(key=lambda row: len(row[0]))
             batches = [rows[i:i + BATCH] for i in range(0, len(rows), BATCH)]
             rng.shuffle(batches)
-        ids, labels, others, weights = (padded(column, fill) for column, fill in zip(
-            zip(*batches.pop()), (tokenizer.pad_token_id, -100, -100, 1.0)))
+        ids, labels, others, weights, scales, fitting = (
+            padded(column, fill) for column, fill in zip(
+                zip(*batches.pop()), (tokenizer.pad_token_id, -100, -100, 1.0, 1.0, -100)))
         for optimizer, lr in zip(optimizers, peak):      # a short rise, then down to 0
             optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 20,
                                                        (steps - step) / (0.6 * steps))
-        hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
+        states = model.model(input_ids=ids, output_hidden_states=True)
+        hidden, middle = states.last_hidden_state[:, :-1], states.hidden_states[-2]
         learn = labels[:, 1:] != -100
         logp = F.log_softmax(model.lm_head(hidden[learn]), -1)
         of_label, of_other = (-logp.gather(-1, y[:, 1:][learn].clamp_min(0)[:, None])[:, 0]
                               for y in (labels, others))
         weights = weights[:, 1:][learn]
         losses = weights * of_label + (1 - weights) * of_other
-        sums = (ids[:, :-1] == tokenizer.convert_tokens_to_ids("makes"))[learn]
-        scale = 1 + (SUM_WEIGHT - 1) * sums
-        ((losses * scale).sum() / scale.sum()).backward()
+        scales = scales[:, 1:][learn]
+        told_apart, known = torch.zeros(()), fitting != -100
+        if drill and step < FIT_UNTIL * steps and known.any():
+            found = probe(F.rms_norm(middle[known], (WIDTH,)))
+            told_apart = F.cross_entropy(found, fitting[known])
+        ((losses * scales).sum() / scales.sum() + FIT_WEIGHT * told_apart).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -235,7 +320,8 @@ def warm_up(model, tokenizer, rng, held_out, go_on, go_on_told, steps, drill, ra
         if (step + 1) % 50 == 0:
             sure = losses[weights == 1].detach()
             print(f"warm-up step {step + 1}/{steps}: loss where nothing is undecided "
-                  f"{sure.mean():.5f}, worst {sure.max():.3f}", flush=True)
+                  f"{sure.mean():.5f}, worst {sure.max():.3f}, of the probe {told_apart:.4f}",
+                  flush=True)
 
 
 # --- The check ------------------------------------------------------------------------------------
@@ -251,7 +337,7 @@ def forced(model, tokenizer, problems, kind, rng):
     depth in turn, and in half of both every fifth sum is forced wrong."""
     found = {name: [[] for _ in LETTERS] for name in KINDS}
     stops = [LAST if i % 2 else i // 4 % LAST for i in range(len(problems))]
-    rows = [sequence(tokenizer, q, stop, kind, 0.2 * (i // 2 % 2), rng)
+    rows = [sequence(tokenizer, q, stop, kind and in_view(q, kind, rng), 0.2 * (i // 2 % 2), rng)
             for i, (q, stop) in enumerate(zip(problems, stops))]
     for first in range(0, len(rows), 64):
         part = rows[first:first + 64]
@@ -270,12 +356,13 @@ def check(model, tokenizer, problems, go_on, go_on_told, rng):
     """Prints the whole table; returns the rows that are not as they should be."""
     print("\nP(go on) after each term, and P(wrong) in 1/1000 of what follows from the prefix:")
     failed = []
-    for kind in (None, *SOLUTIONS):
+    for kind in (None, *SOLUTIONS, *(f"foreign {kind}" for kind in SOLUTIONS if kind != "bare")):
         view = f"teacher, {kind} solution" if kind else "student"
+        told = kind and not kind.startswith("foreign")
         for name, by_depth in forced(model, tokenizer, problems, kind, rng).items():
             found = [p for p in by_depth if p is not None]
             if name == "go on":
-                wrong = any(abs(p - (go_on_told if kind else go_on)) > 0.02 for p in found)
+                wrong = any(abs(p - (go_on_told if told else go_on)) > 0.02 for p in found)
                 cells = [f"{p:.3f}" for p in found]
             else:
                 wrong = min(found) < 0.999
