@@ -1119,6 +1119,15 @@ def test_every_tensor_is_exported_in_the_dtype_that_it_has_in_the_source(root, t
     assert same(before, after)
 
 
+def test_a_turn_that_ends_with_no_end_token_is_said(root, capsys):
+    tokenizer = make_tokenizer(["<im_end>"])
+    tokenizer.add_tokens(["RESPONSE"])
+    for end, said in ("<end>", 0), ("<im_end>", 1):
+        tokenizer.chat_template = TEMPLATE.replace("<end>", end)
+        antisd.load_policy(str(root / "qwen3"), "auto", tokenizer)
+        assert capsys.readouterr().out.count("ends a turn with <im_end>") == said
+
+
 def test_compute_in_bfloat16_is_close_but_master_weights_are_float32(root):
     scores = []
     for dtype in "float32", "bfloat16":
