@@ -21,8 +21,8 @@ Algorithm 1 is the function train(), where each line carries its number:
     7  g, a Schmitt trigger on H; lambda = g * lambda_max, Eq. (7)           EntropyGate
     8  A_t = A_seq - lambda * sg[phi(u_t)], Eq. (2), (6)                     token_advantages
     9  one policy-gradient update                                            policy_loss
-The forward pass that line 9 needs computes s as well. So train() runs line 2 inside the loop of
-line 9, after lines 3, 6 and 7, except where these need s first.
+The forward pass that line 9 needs computes s as well. So train() runs lines 2, 4, 5 and 8 in the
+loop of line 9, but 2 and 4 before it where H is the student's or there are several updates.
 
 Sections 1 to 5 are the paper. Around it stand flags (6; cfg.NAME is --NAME), answers and data (7),
 FSDP and micro-batches (8), checkpoints (9), start-up and records (10). Left out on purpose: critic,
@@ -30,7 +30,7 @@ KL term, reference model, reward model, inference engine.
 Shapes: this rank has B problems with G responses each, N = B * G responses in all; the responses of
 one problem, a group, are consecutive. T is the length of the longest response, L that of the
 longest prompt with its response; V words, D hidden units. A micro-batch has n of the N responses,
-M response tokens and the longest response T'. Log-probabilities, u and entropies are in nats.
+M response tokens and the longest response T'. Log-probabilities, u, entropies: nats; sg: detach.
 Where the paper is silent or we depart from it, a comment says "our choice"; the README lists these.
 """
 import ctypes
@@ -119,7 +119,7 @@ METHODS = {
     "sd_jsd": phi,                      # self-distillation that descends the JSD
     "antisd": lambda u: -phi(u),        # Eq. (6)
     "antisd_kl": lambda u: -u,          # ablation: ascends the KL, so it has no cap
-    "no_teacher": lambda u: -phi(u),    # ablation: log pi_T := 0, so u = -s; H stays the teacher's
+    "no_teacher": lambda u: -phi(u),    # ablation: train() sets log pi_T to 0: u = -s; H unchanged
 }
 GATED = ("antisd", "antisd_kl", "no_teacher")    # our choice: the sd arms act from step 0, ungated
 
@@ -127,8 +127,8 @@ GATED = ("antisd", "antisd_kl", "no_teacher")    # our choice: the sd arms act f
 def token_advantages(seq_advantages, u, lam, method="antisd", compose="add"):
     """Every token's advantage, Eq. (2): A_t = A_seq + lambda * sg[delta(u_t)].
 
-    seq_advantages (N,), u (N, T) in nats, lam >= 0 a number or (N, 1); returns (N, T) without
-    gradient. lam = 0 is GRPO. compose="mul" is Table 3's A_seq * (1 + lambda * delta). The product
+    seq_advantages (N,), u (N, T) in nats, lam >= 0 a number or (N, 1), rows as in u; returns (N, T)
+    without gradient. lam = 0 is GRPO. compose="mul" is Table 3's A_seq * (1 + lambda * delta). It
     is 0 where all responses of a group are right or all are wrong; the sum still acts there.
     """
     delta = METHODS[method](u.detach())
@@ -151,7 +151,7 @@ class EntropyGate:
 
     def __init__(self, warmup_steps=5, tau_down=0.93):
         self.warmup_steps, self.tau_down = warmup_steps, tau_down
-        self.history, self.h_warm, self.g = [], None, 1.0        # our choice: it starts open
+        self.history, self.h_warm, self.g = [], None, 1.0    # our choice: open after the warm-up
 
     def update(self, entropy):
         """Takes this step's H (a float, nats per token) and returns this step's g, 0.0 or 1.0."""
@@ -163,7 +163,7 @@ class EntropyGate:
                 # our choice: the paper does not say how it pools the warm-up steps
                 self.h_warm = statistics.median(self.history)
             return 0.0
-        if self.h_warm is None:                          # warmup_steps=0: Config asks tau_down=0
+        if self.h_warm is None:                          # warmup_steps=0, with tau_down=0 alone
             return self.g
         if entropy >= self.h_warm:       # our choice: equality opens, and does not shut
             self.g = 1.0
@@ -235,7 +235,7 @@ def pick_solutions(group, rng):
     """For each response of a group, the solution that its teacher reads: [(solution, origin), ...].
 
     It is a correct sibling, the same one for the whole group. For that sibling it is another
-    correct one, because a teacher would only copy the text that it is to score. Without a correct
+    correct one: shown the text that it is to score, a teacher would only copy. Without a correct
     sibling it is the data set's worked solution, else its bare answer.
     """
     correct = [r for r in group if r.reward == 1.0]
@@ -314,7 +314,7 @@ def token_logprobs(hidden, lm_head, targets, temperature=1.0, chunk=1024):
         # float32 before log_softmax: in bfloat16 it would err by 0.01 nats, the size of many u
         logps = F.log_softmax(lm_head(h).float() / temperature, dim=-1)              # (m, V)
         logp = logps.gather(-1, y[:, None]).squeeze(-1)
-        with torch.no_grad():            # last, because checkpoint() recomputes up to what it needs
+        with torch.no_grad():            # last: backward's recomputation stops before the entropy
             # the clamp gives 0 * -1e9 = 0 where p = 0; 0 * -inf would be NaN
             entropy = -torch.linalg.vecdot(logps.exp(), logps.clamp_min(-1e9))
         return logp, entropy
@@ -404,8 +404,8 @@ def score(policy, prompts, responses, micro_tokens, temperature=1.0):
     device = policy.anchor.device
     logp = torch.zeros(len(prompts), max(map(len, responses)), device=device)        # (N, T)
     entropy = torch.zeros_like(logp)
-    lengths = [len(p) + len(y) for p, y in zip(prompts, responses)]
-    for micro in as_many_everywhere(micro_batches(lengths, micro_tokens)):
+    widths = [len(p) + len(y) for p, y in zip(prompts, responses)]
+    for micro in as_many_everywhere(micro_batches(widths, micro_tokens)):
         batch = pack([prompts[i] for i in micro], [responses[i] for i in micro], device)
         micro_logp, micro_entropy = policy(*batch, temperature)                      # (n, T')
         at = (micro, slice(micro_logp.shape[1]))         # selects nothing where this rank is idle
@@ -420,7 +420,7 @@ def sample(policy, prompts, group_size, max_tokens, temperature=1.0, top_p=1.0, 
 
     prompts: lists of ids. Returns len(prompts) * group_size lists of ids, groups consecutive, each
     up to and including its first end-of-sequence id, or max_tokens long. temperature 0 is greedy.
-    rollout_batch: at most so many are decoded at once, in whole groups, at least one; 0: as many as
+    rollout_batch: the most responses decoded at once, in whole groups, at least one group; 0: what
     a cache of 2^18 tokens holds. sharded: the weights stay split, so every rank decodes to the end.
     """
     policy.eval()        # in train mode, gradient checkpointing makes generate() drop its cache
@@ -484,7 +484,7 @@ def roll_out(policy, tokenizer, problems, group_size, sampler="generate", **sett
     prompts, sharded = [p["prompt"] for p in problems], sampler == "sharded"
     with nullcontext() if sharded else gathered(policy):         # gathered: whole on every rank
         responses = sample(policy, prompts, group_size, sharded=sharded, **settings)
-    # The text lacks special tokens, but keeps <think> and </think>, which some tokenizers call so.
+    # The text lacks special tokens, but keeps <think> and </think>, special in some tokenizers.
     special = {i for i, token in tokenizer.added_tokens_decoder.items()
                if token.special and token.content not in ("<think>", "</think>")}
     rollouts = []
@@ -521,7 +521,7 @@ def token_weights(mask, truncated, loss_agg="token", mask_truncated=False):
     every token weighs 1 / length of its response, so that every response weighs 1.
     """
     weights = mask.float()
-    if loss_agg == "seq":                                # our choice: "token", for every arm
+    if loss_agg == "seq":                                # our choice: the default is "token"
         weights = weights / mask.sum(1, keepdim=True)
     # our choice: truncated responses count, unless mask_truncated takes them out of the loss
     return weights * ~truncated[:, None] if mask_truncated else weights
@@ -540,7 +540,7 @@ def train(cfg):
     # our choice: the mean; the paper takes the median, which is near 0 in a chain of thought
     pool = {"mean": global_mean, "median": global_median}[cfg.gate_stat]
     gate_reads_student = cfg.method in GATED and cfg.gate_source == "student"
-    # Write True if an idea of yours compares s, u or H_S with the whole batch, all_gather()ed.
+    # Several updates share one s (pi_old). Write True here if an idea needs all of s, u or H_S.
     s_first = gate_reads_student or cfg.updates_per_batch > 1
     bar = tqdm(range(progress["step"], cfg.steps), initial=progress["step"], total=cfg.steps,
                disable=rank > 0, dynamic_ncols=True)
@@ -578,7 +578,7 @@ def train(cfg):
                 t = torch.zeros_like(t)
             if s_first:                                                              # lines 2, 4
                 s, H_S = score(policy, prompts, responses, cfg.micro_tokens, cfg.temperature)
-                u = t - s        # where u is set to 0, a token has no AntiSD term
+                u = t - s        # a token that is to get no term: set its u to 0, as delta(0) = 0
 
         # lines 6 and 7: one H over the tokens of all ranks, so that all ranks have the same gate
         lam = cfg.lam
@@ -627,7 +627,7 @@ def train(cfg):
                 optimizer.zero_grad()
 
         metrics |= summary(rollouts, origins, mask, a_seq, u, H_S, H_T, cfg, metrics) | {
-            "gate": g, "h_warm": gate.h_warm, "lam": lam if origins else None,
+            "gate": g, "h_warm": gate.h_warm, "lam": None if cfg.method == "grpo" else lam,
             "loss": statistics.mean(losses), "grad_norm": statistics.mean(norms),
             "lr": optimizer.param_groups[0]["lr"], "skipped_updates": progress["skipped_updates"]}
         if rank == 0:
@@ -635,7 +635,7 @@ def train(cfg):
         failures = 0 if all(map(math.isfinite, losses + norms)) else progress["failures"] + 1
         progress |= {"step": step + 1, "position": progress["position"] + cfg.problems_per_step,
                      "failures": failures, "gate": gate.state_dict()}
-        save(cfg, policy, optimizer, progress, model_folder)     # ends the run at three failures
+        save(cfg, policy, optimizer, progress, model_folder)     # raises after 3 failures in a row
 
     finish(cfg, policy, tokenizer, held_out, model_folder)
 
@@ -1049,7 +1049,7 @@ def save(cfg, policy, optimizer, progress, model_folder):
     where the run stands: steps done, data position, gate, skipped updates, failures in a row."""
     folder, step = Path(cfg.output), progress["step"]
     if progress["failures"] == 3:
-        raise InputError(f"three updates in a row were not finite, up to step {step - 1}: lower "
+        raise InputError(f"three steps in a row were not finite, up to step {step - 1}: lower "
                          f"--lr; the last checkpoint is {(checkpoints(folder) or ['none'])[-1]}")
     # The export comes first: if a kill cuts it short, the resumed run repeats this step.
     if cfg.export_every and step % cfg.export_every == 0:

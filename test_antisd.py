@@ -1010,7 +1010,7 @@ def test_init_from_keeps_all_but_the_step_and_the_gate(root, tmp_path, monkeypat
 def test_three_updates_that_are_not_finite_end_the_run(root, tmp_path, monkeypatch):
     monkeypatch.setitem(antisd.METHODS, "nan", lambda u: u * math.nan)
     refuse(lambda: run(root, tmp_path, method="nan", steps=9, save_every=1),
-           "three updates in a row were not finite, up to step 2", "checkpoint is none")
+           "three steps in a row were not finite, up to step 2", "checkpoint is none")
     assert [row["skipped_updates"] for row in read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     for name in "metrics.jsonl", "samples.jsonl":
         assert "NaN" not in (tmp_path / name).read_text()        # JSON has null
