@@ -1025,8 +1025,8 @@ def test_nan_is_never_drawn_from():
 def test_a_tracker_gets_every_line_in_one_run_also_after_a_resume(root, tmp_path, monkeypatch):
     calls, begun, held_out = [], [], str(root / "train.jsonl")
     monkeypatch.setitem(sys.modules, "trackio", types.SimpleNamespace(__spec__=True, **{
-        name: lambda *args, name=name, **options: calls.append((name, args, options))
-        for name in ("init", "log", "finish")}))
+        called: lambda *args, called=called, **options: calls.append((called, args, options))
+        for called in ("init", "log", "finish")}))
     for steps in 2, 3:
         calls.clear()
         rows = run(root, tmp_path, tracker="trackio", steps=steps, eval_dataset=held_out,
