@@ -1234,8 +1234,9 @@ def open_run(cfg, data):
             "world_size": dist.get_world_size()}, indent=1) + "\n")
         if cfg.tracker:                                  # one folder is one run, resumed or not
             name = re.sub(r"\W+", "-", str(folder.resolve()))[-64:]
+            os.environ["WANDB_RUN_ID"] = name            # wandb resumes by id, trackio by name
             importlib.import_module(cfg.tracker).init(project="antisd", name=name, config=flags,
-                                                      id=name, resume="allow")
+                                                      resume="allow")
 
 
 def prepare(cfg, world):
