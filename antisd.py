@@ -1185,8 +1185,8 @@ def load_policy(name, dtype, tokenizer):
     _, found, after = tokenizer.decode(render(tokenizer, chat, {})).rpartition("RESPONSE")
     end = tokenizer.encode(after.strip(), add_special_tokens=False)[:1] if found else []
     if {*end} & {*tokenizer.added_tokens_decoder} - eos and dist.get_rank() == 0:
-        print(f"{name}: its template ends a turn with {tokenizer.decode(end)}, which is no end token "
-              "of its tokenizer or generation_config.json, so responses may run on")
+        print(f"{name}: its template ends a turn with {tokenizer.decode(end)}, no end token of its "
+              "tokenizer or generation_config.json, so responses may run on")
     policy = Policy(model, eos)
     policy.dtypes = {key: x.dtype for key, x in model.state_dict().items()}      # for the export
     return policy

@@ -499,7 +499,8 @@ WINDOWS = dict(sliding_window=16, num_key_value_heads=4, pad_token_id=0)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("config, rows, response", [
     (small("qwen3", head_dim=16), 4, 112), (small("qwen3", head_dim=16, vocab_size=4000), 4, 112),
-    (small("olmo3", **WINDOWS, max_position_embeddings=1024), 1, 1008)], ids=["plain", "many words", "windows"])
+    (small("olmo3", **WINDOWS, max_position_embeddings=1024), 1, 1008)],
+    ids=["plain", "many words", "windows"])
 def test_peak_of_training_is_that_of_a_real_update(config, rows, response, checkpointing):
     policy = split_policy(config, checkpointing)
     optimizer = torch.optim.AdamW(policy.parameters(), fused=True)
