@@ -1181,9 +1181,10 @@ def load_policy(name, dtype, tokenizer):
             raise ValueError(f"its files hold no fitting weights for {min(lacking)}")
     eos = model.generation_config.eos_token_id           # an id, a list of ids, or None
     eos = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
-    chat = [*student_messages("?"), {"role": "assistant", "content": "RESPONSE"}]
-    _, found, after = tokenizer.decode(render(tokenizer, chat, {})).rpartition("RESPONSE")
-    end = tokenizer.encode(after.strip(), add_special_tokens=False)[:1] if found else []
+    chat, end = [*student_messages("?"), {"role": "assistant", "content": "RESPONSE"}], []
+    with suppress(jinja2.TemplateError):                 # a template may refuse such a chat
+        _, seen, after = tokenizer.decode(render(tokenizer, chat, {})).rpartition("RESPONSE")
+        end = tokenizer.encode(after.strip(), add_special_tokens=False)[:1] if seen else []
     if {*end} & {*tokenizer.added_tokens_decoder} - eos and dist.get_rank() == 0:
         print(f"{name}: its template ends a turn with {tokenizer.decode(end)}, no end token of its "
               "tokenizer or generation_config.json, so responses may run on")

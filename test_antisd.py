@@ -1118,7 +1118,7 @@ def test_every_tensor_is_exported_in_the_dtype_that_it_has_in_the_source(root, t
 def test_a_turn_that_ends_with_no_end_token_is_said(root, capsys):
     tokenizer = make_tokenizer(["<im_end>"])
     tokenizer.add_tokens(["RESPONSE"])
-    for end, said in ("<end>", 0), ("<im_end>", 1):
+    for end, said in ("<end>", 0), ("<im_end>", 1), ("{{ raise_exception('no') }}", 0):
         tokenizer.chat_template = TEMPLATE.replace("<end>", end)
         antisd.load_policy(str(root / "qwen3"), "auto", tokenizer)
         assert capsys.readouterr().out.count("ends a turn with <im_end>") == said
