@@ -43,9 +43,9 @@ import transformers
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from antisd import (InputError, extract_boxed, flag, load_policy, load_problems, load_tokenizer,
-                    one_line, parse_config, phi, pick_solutions, render, roll_out, score, setup,
-                    student_messages, teacher_messages, teacher_prompts, template_variables,
+from antisd import (InputError, add_prompts, extract_boxed, flag, load_policy, load_problems,
+                    load_tokenizer, one_line, parse_config, phi, pick_solutions, render, roll_out,
+                    score, setup, teacher_messages, teacher_prompts, template_variables,
                     write_whole)
 
 CAP_U = math.log(2**0.05 - 1)    # below this u, -phi(u) is above 95% of its bound log(2) / 2
@@ -100,12 +100,9 @@ class View:
 def load_prompts(cfg, tokenizer, context):
     """The problems with their student's "prompt" ids, and the longest response, in tokens."""
     problems = load_problems(cfg.data, limit=cfg.limit)
-    longest = 0                          # of both prompts, without a solution
-    for p in problems:
-        with one_line(f"{cfg.data}: the problem of row {p['id'] + 1} cannot be rendered"):
-            p["prompt"] = render(tokenizer, student_messages(p["problem"]), cfg.template_kwargs)
-            teacher = teacher_messages(p["problem"], "...", False)
-            longest = max(longest, len(render(tokenizer, teacher, cfg.template_kwargs)))
+    add_prompts(problems, cfg.data, tokenizer, cfg.template_kwargs)
+    longest = max(len(render(tokenizer, teacher_messages(p["problem"], "...", False),
+                             cfg.template_kwargs)) for p in problems)    # without a solution
     max_tokens = cfg.max_tokens or max(1, min(32768, (context - longest) // 2))
     if longest + max_tokens > context:
         raise InputError(f"{cfg.data}: a prompt takes {longest} tokens; with {max_tokens} for the "
