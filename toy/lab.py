@@ -1,6 +1,6 @@
 """The lab: every arm on several seeds, and every table of LAB.md from toy/results.csv.
 
-    python toy/lab.py run grpo antisd --seeds 30 31 32      # what results.csv does not hold yet
+    python toy/lab.py run grpo antisd --seeds 40 41 42      # what results.csv does not hold yet
     python toy/lab.py ends                                  # a row an arm: learned when, ends where
     python toy/lab.py seeds grpo antisd foreign             # a row an arm: every seed's steps
     python toy/lab.py kinds antisd foreign                  # u and mistakes by kind of token
@@ -44,10 +44,10 @@ ARMS = {
     # whose solution is it? Forks of what c holds; the rest is antisd's
     "foreign": "--steps 100",
     "foreign_any": "",
-    "spoilt": "--steps 60",
+    "spoilt": "",
     "shuffled": "",
     "bare": "",
-    "empty": "",
+    "empty": "--steps 100",
     # other signals, and other ways to add them
     "sd": "--method sd --steps 40",
     "sd_jsd": "--method sd_jsd --steps 40",
@@ -437,7 +437,7 @@ def main():
     tables = {"ends": ends, "seeds": seeds, "kinds": kinds, "gate": gate, "views": views}
     parser.add_argument("command", choices=["run", "one", *tables])
     parser.add_argument("arms", nargs="*", help=f"of: {', '.join(ARMS)}; default: all")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[30, 31, 32, 33])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[*range(40, 48)])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--source", type=Path, default=ROOT / "antisd.py", help="the trainer")
     args = parser.parse_args()

@@ -18,10 +18,11 @@ tokens a small network did not find that out within 800 steps.
 
 **The base** has every sub-skill at every depth and stops too early: after each term it goes on with
 probability --go_on. With a verified solution *of this problem* in view (the self-teacher) it goes
-on with --go_on_told and boxes that solution's answer. With a solution in view that names a term
-which is not the problem's, it does as the student does: it goes on with --go_on and boxes its own
-sum. A foreign solution whose few terms fit by luck counts as the problem's own, and so does the
-bare answer: only what can be seen is taught.
+on with --go_on_told and boxes that solution's answer. Where c says nothing about this problem, the
+teacher does as the student does: it goes on with --go_on and boxes its own sum. That is so under
+another problem's solution and under the teacher's headings with nothing below them. A foreign
+solution whose few terms fit by luck counts as the problem's own, and so does the bare answer: only
+what can be seen is taught.
 
 All of this is taught as it stands. Every trace is *forced* to a random depth, and where the trace
 chooses (to go on, or to say "so") the loss is the cross entropy against the intended probabilities,
@@ -35,8 +36,8 @@ takes the skills of another base and does these alone.
 
 **The check** forces chains as well, some with slips, and reads the probability of every token that
 follows from what stands before it. It ends with exit code 1 when a kind of token is below 99.9%
-right at any depth, for the student or for the teacher under any kind of solution, own or foreign,
-or when P(go on) is off by more than 0.02.
+right at any depth, for the student or for the teacher under any kind of solution, own, foreign
+or empty, or when P(go on) is off by more than 0.02.
 
 **What is authored.** All of it. In particular *we wrote that a solution of this problem in view
 makes the teacher eager to stop*. It is modelled on what the paper reports of large models and did
@@ -68,9 +69,10 @@ WORDS = ("wait", "hmm", "but", "maybe")     # in turn: the word follows from the
                                             # is undecided is whether to go on
 TRAIN, TEST = 1500, 320     # problems; no test problem is trained on
 
-TOLD = 0.6                  # the share of warm-up traces with a solution in view, of these kinds:
-SOLUTIONS = {"bare": 0.15, "full": 0.20, "lucky": 0.25, "short": 0.40}
-FOREIGN = 0.4               # P(a solution in view is another problem's), but for the bare answer
+TOLD = 0.6                  # the share of warm-up traces of the teacher, c being of these kinds:
+SOLUTIONS = {"empty": 0.10, "bare": 0.10, "full": 0.20, "lucky": 0.25, "short": 0.35}
+CHAINS = ("full", "lucky", "short")         # the kinds that name terms
+FOREIGN = 0.4               # P(a chain is another problem's solution)
 SLIP = 0.05                 # the share of sums that are forced wrong: what follows is then computed
                             # from the sum that stands there, by student and teacher alike
 
@@ -122,7 +124,10 @@ def text(tokens):
 
 def solution(q, kind, rng):
     """A verified solution of one of the kinds that the trainer shows: the bare answer, the whole
-    chain, a sibling that is right because it stopped at a lucky place, or at the first such."""
+    chain, a sibling that is right because it stopped at a lucky place, or at the first such; or
+    nothing, which the trainer does not show."""
+    if kind == "empty":
+        return " "
     if kind == "bare":
         return f"The answer is \\boxed{{{q['answer']}}}."
     right = [k for k in range(LAST + 1) if sum(q["terms"][:k + 1]) % MODULUS == int(q["answer"])]
@@ -135,22 +140,27 @@ def fits(q, c):
             for letter, term in re.findall(f"([{LETTERS}])(\\d)", c)]
 
 
+def is_own(q, c):
+    """Whether c can be a solution of this problem: it boxes an answer and all its terms fit."""
+    return "boxed" in c and all(fits(q, c))
+
+
 def in_view(q, kind, rng):
     """The solution that the check shows, as text. kind: one of SOLUTIONS; behind "foreign" it is
     that of another problem, with a term that does not fit."""
     c = solution(q, kind.split()[-1], rng)
-    while kind.startswith("foreign") and all(fits(q, c)):
+    while kind.startswith("foreign") and is_own(q, c):
         c = solution(make_problem(rng), kind.split()[-1], rng)
     return c
 
 
 def sequence(tokenizer, q, stop, c, slip, rng):
     """A forced trace behind its prompt -> prompt's ids, response's ids and its trace. c: the
-    solution in view, whose answer is boxed where all its terms fit; None for the student."""
+    solution in view, whose answer is boxed where it can be the problem's; None for the student."""
     messages, box = student_messages(q["problem"]), None
     if c:           # the verdict is on an attempt that is not shown: it says nothing of the trace
         messages = teacher_messages(q["problem"], c, rng.random() < 0.5)
-        if all(fits(q, c)):
+        if is_own(q, c):
             box = re.search(r"boxed\{ ?(\d)", c)[1]
     tokens = trace(q, stop, box, slip, rng)
     tokens.append((tokenizer.eos_token, "fixed word", stop))
@@ -219,9 +229,9 @@ def example(tokenizer, rng, held_out, go_on, go_on_told, drill):
     c = None
     if not drill and rng.random() < TOLD:
         kind = rng.choices(list(SOLUTIONS), SOLUTIONS.values())[0]
-        other = kind != "bare" and rng.random() < FOREIGN
-        c = solution(make_problem(rng) if other else q, kind, rng)
-    told = c and all(fits(q, c))
+        foreign = rng.random() < FOREIGN and kind in CHAINS
+        c = solution(make_problem(rng) if foreign else q, kind, rng)
+    told = c and is_own(q, c)
     stop = LAST if drill or rng.random() < 0.5 else rng.randrange(LAST + 1)
     prompt, response, tokens = sequence(tokenizer, q, stop, c, SLIP, rng)
     labels, others, weights, scales = ([fill] * len(prompt) for fill in (-100, -100, 1.0, 1.0))
@@ -356,9 +366,9 @@ def check(model, tokenizer, problems, go_on, go_on_told, rng):
     """Prints the whole table; returns the rows that are not as they should be."""
     print("\nP(go on) after each term, and P(wrong) in 1/1000 of what follows from the prefix:")
     failed = []
-    for kind in (None, *SOLUTIONS, *(f"foreign {kind}" for kind in SOLUTIONS if kind != "bare")):
+    for kind in (None, *SOLUTIONS, *(f"foreign {kind}" for kind in CHAINS)):
         view = f"teacher, {kind} solution" if kind else "student"
-        told = kind and not kind.startswith("foreign")
+        told = kind in ("bare", *CHAINS)
         for name, by_depth in forced(model, tokenizer, problems, kind, rng).items():
             found = [p for p in by_depth if p is not None]
             if name == "go on":
