@@ -48,6 +48,7 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import socket
 import statistics
 import sys
@@ -60,6 +61,7 @@ from pathlib import Path
 from typing import Literal
 
 os.environ.setdefault("SYMPY_GROUND_TYPES", "python")    # gmpy2 would abort on too big a number
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # spinning threads starve a busy machine
 import datasets
 import filelock
 import jinja2
@@ -811,6 +813,28 @@ SPELLINGS = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"([A-Za-z])(?:'|\^\{?\s*\\prime\s*\}?)", r"\1_{1}"), (r"^[({]+([^(),{}]*)[)}]+$", r"\1"))]
 
 
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns where its own limits are off
+
+
+@contextmanager
+def cpu_limit(seconds):
+    """Raises TimeoutException in its body after each `seconds` of this process's own CPU time. A
+    clock on the wall would let a busy machine change rewards. Main thread only."""
+    def stop(*_):
+        raise TimeoutException
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
 def same_value(gold, box):
     """Whether two LaTeX answers mean the same, by math-verify behind our own rewrite rules and
     guards: it is lax about words, capitals, the count of a list and the kind of its brackets."""
@@ -834,11 +858,11 @@ def same_value(gold, box):
         # within 1e-4: the relative error is then below 5e-13, which 12 digits round to 0
         percent = "/100" if decimal.string.startswith(("0.", ".")) else ""
         gold, box = "0.0", re.sub(r"\\?%", percent, rf"(\frac{{{box}}}{{{gold}}}-1)/200000000")
-    limit = 5 if threading.current_thread() is threading.main_thread() else None
-    try:                                                 # the limit is an alarm: main thread only
-        gold, box = (parse(f"${text}$", LATEX, "no_fallback", parsing_timeout=limit)
-                     for text in (gold, box))
-        return verify(gold, box, 12, 60, allow_set_relation_comp=True, timeout_seconds=limit)
+    try:
+        with cpu_limit(5):                               # math-verify's own limits are wall-clock
+            gold, box = (parse(f"${text}$", LATEX, "no_fallback", parsing_timeout=None)
+                         for text in (gold, box))
+            return verify(gold, box, 12, 60, allow_set_relation_comp=True, timeout_seconds=None)
     except (ArithmeticError, ValueError, RecursionError, TimeoutException):
         return False                                     # what the libraries raise is no answer
 
@@ -1398,7 +1422,6 @@ def main(program, kind=Config):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)       # about names that transformers 6 drops
     for stream in (sys.stdout, sys.stderr):              # printing a character that the terminal
         stream.reconfigure(errors="replace")             # does not know must not end a run

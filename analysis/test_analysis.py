@@ -1,4 +1,5 @@
 """What the scripts in analysis/ must prove: `python -m pytest -q analysis`; no network, no GPU."""
+import dataclasses
 import html.parser
 import json
 import math
@@ -6,6 +7,7 @@ import os
 import random
 import re
 import runpy
+import shlex
 import sys
 import weakref
 from pathlib import Path
@@ -588,6 +590,43 @@ def test_table_of_the_built_in_models_and_of_a_config_json(tmp_path, capsys):
     config = memory.load_config("Qwen3-30B-A3B")
     split = memory.estimate(config, 30532122624, 8, memory.Plan(sampler="sharded", **plan))
     assert split["peak"] < 80 < memory.estimate(config, 30532122624, 8, memory.Plan(**plan))["peak"]
+
+
+def readme_peak(words, gpus, key="peak"):
+    """What memory.py says of a trainer's command line, in GiB."""
+    cfg = antisd.parse_config(words)
+    name = max((n for n in memory.SHAPES if n in cfg.model), key=len)
+    plan = memory.Plan(gpus=[gpus], **{
+        f.name: getattr(cfg, f.name) for f in dataclasses.fields(memory.Plan)
+        if f.name not in ("model", "gpus", "dtype")})
+    config = memory.load_config(name)
+    return memory.estimate(config, memory.count_parameters(config), gpus, plan)[key]
+
+
+def test_every_memory_figure_of_the_readme_is_what_memory_py_says():
+    readme = (HERE.parent / "README.md").read_text(encoding="utf-8")
+    recipes = [shlex.split(line) for line in readme.splitlines() if line.startswith("--model ")]
+    tiers = re.findall(r"\| `torchrun antisd.py (--model .*?)` \| ([\d.]+) GiB \|", readme)
+    assert len(tiers) == 3 and len(recipes) == 5
+    for command, figure in tiers:
+        assert f"{readme_peak(shlex.split(command), 1):.1f}" == figure, command
+    offload = next(shlex.split(command) for command, _ in tiers if "--offload" in command)
+    host = re.search(r"the same, (\d+) GiB of host memory", readme)[1]
+    assert f"{readme_peak(offload, 1, 'host: peak'):.0f}" == host
+    peaks = sorted(readme_peak(words, 8) for words in recipes)
+    assert f"| {peaks[0]:.0f} to {peaks[-1]:.0f} GiB each |" in readme
+    table = {line.split(" | ")[0]: line.strip(" |").split(" | ")[1:] for line in
+             readme[readme.index("## Memory and speed"):].splitlines() if line.startswith("| ")}
+    for i, name in enumerate(("Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-4B", "Qwen3-8B", "Olmo-3-7B",
+                              "Qwen3-30B-A3B")):
+        words = ["--model", name, "--max_tokens", "8192"]
+        words += ["--rollout_batch", "16"] if "Olmo" in name else []
+        words += ["--sampler", "sharded"] if "30B" in name else []
+        figures = [table[key][i] for key in (
+            "| one GPU", "| each of eight", "| host memory while eight ranks load")]
+        one = f"{readme_peak(words, 1):.0f}" if "30B" not in name else "-"     # it fits no card
+        assert figures == [one, f"{readme_peak(words, 8):.0f}",
+                           f"{readme_peak(words, 8, 'host: load'):.0f}"], name
 
 
 def test_a_token_step_is_timed_without_the_prompts(monkeypatch, capsys):
