@@ -29,6 +29,7 @@ import curves
 import decode_bench
 import memory
 import pmi
+import test_antisd
 
 TOY = HERE.parent / "toy"
 transformers.logging.set_verbosity_error()
@@ -592,43 +593,6 @@ def test_table_of_the_built_in_models_and_of_a_config_json(tmp_path, capsys):
     assert split["peak"] < 80 < memory.estimate(config, 30532122624, 8, memory.Plan(**plan))["peak"]
 
 
-def readme_peak(words, gpus, key="peak"):
-    """What memory.py says of a trainer's command line, in GiB."""
-    cfg = antisd.parse_config(words)
-    name = max((n for n in memory.SHAPES if n in cfg.model), key=len)
-    plan = memory.Plan(gpus=[gpus], **{
-        f.name: getattr(cfg, f.name) for f in dataclasses.fields(memory.Plan)
-        if f.name not in ("model", "gpus", "dtype")})
-    config = memory.load_config(name)
-    return memory.estimate(config, memory.count_parameters(config), gpus, plan)[key]
-
-
-def test_every_memory_figure_of_the_readme_is_what_memory_py_says():
-    readme = (HERE.parent / "README.md").read_text(encoding="utf-8")
-    recipes = [shlex.split(line) for line in readme.splitlines() if line.startswith("--model ")]
-    tiers = re.findall(r"\| `torchrun antisd.py (--model .*?)` \| ([\d.]+) GiB \|", readme)
-    assert len(tiers) == 3 and len(recipes) == 5
-    for command, figure in tiers:
-        assert f"{readme_peak(shlex.split(command), 1):.1f}" == figure, command
-    offload = next(shlex.split(command) for command, _ in tiers if "--offload" in command)
-    host = re.search(r"the same, (\d+) GiB of host memory", readme)[1]
-    assert f"{readme_peak(offload, 1, 'host: peak'):.0f}" == host
-    peaks = sorted(readme_peak(words, 8) for words in recipes)
-    assert f"| {peaks[0]:.0f} to {peaks[-1]:.0f} GiB each |" in readme
-    table = {line.split(" | ")[0]: line.strip(" |").split(" | ")[1:] for line in
-             readme[readme.index("## Memory and speed"):].splitlines() if line.startswith("| ")}
-    for i, name in enumerate(("Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-4B", "Qwen3-8B", "Olmo-3-7B",
-                              "Qwen3-30B-A3B")):
-        words = ["--model", name, "--max_tokens", "8192"]
-        words += ["--rollout_batch", "16"] if "Olmo" in name else []
-        words += ["--sampler", "sharded"] if "30B" in name else []
-        figures = [table[key][i] for key in (
-            "| one GPU", "| each of eight", "| host memory while eight ranks load")]
-        one = f"{readme_peak(words, 1):.0f}" if "30B" not in name else "-"     # it fits no card
-        assert figures == [one, f"{readme_peak(words, 8):.0f}",
-                           f"{readme_peak(words, 8, 'host: load'):.0f}"], name
-
-
 def test_a_token_step_is_timed_without_the_prompts(monkeypatch, capsys):
     """A decoder that takes 5 ms a token and 0.1 s for the prompts."""
     clock = [0.0]
@@ -669,3 +633,59 @@ def test_the_commands_exit_with_2_and_one_line(script, argv, monkeypatch, capsys
     out, err = capsys.readouterr()
     assert stopped.value.code == 2 and not out
     assert err.startswith(f"{script}: error: ") and err.count("\n") == 1
+
+
+# --- The README -----------------------------------------------------------------------------------
+
+def readme_peak(words, gpus, key="peak"):
+    """What memory.py says of a trainer's command line, in GiB."""
+    cfg = antisd.parse_config(words)
+    name = max((n for n in memory.SHAPES if n in cfg.model), key=len)
+    plan = memory.Plan(gpus=[gpus], **{
+        f.name: getattr(cfg, f.name) for f in dataclasses.fields(memory.Plan)
+        if f.name not in ("model", "gpus", "dtype")})
+    config = memory.load_config(name)
+    return memory.estimate(config, memory.count_parameters(config), gpus, plan)[key]
+
+
+def test_every_memory_figure_of_the_readme_is_what_memory_py_says():
+    readme = (HERE.parent / "README.md").read_text(encoding="utf-8")
+    recipes = [shlex.split(line) for line in readme.splitlines() if line.startswith("--model ")]
+    tiers = re.findall(r"\| `torchrun antisd.py (--model .*?)` \| ([\d.]+) GiB \|", readme)
+    assert len(tiers) == 3 and len(recipes) == 5
+    for command, figure in tiers:
+        assert f"{readme_peak(shlex.split(command), 1):.1f}" == figure, command
+    offload = next(shlex.split(command) for command, _ in tiers if "--offload" in command)
+    host = re.search(r"the same, (\d+) GiB of host memory", readme)[1]
+    assert f"{readme_peak(offload, 1, 'host: peak'):.0f}" == host
+    peaks = sorted(readme_peak(words, 8) for words in recipes)
+    assert f"| {peaks[0]:.0f} to {peaks[-1]:.0f} GiB each |" in readme
+    table = {line.split(" | ")[0]: line.strip(" |").split(" | ")[1:] for line in
+             readme[readme.index("## Memory and speed"):].splitlines() if line.startswith("| ")}
+    for i, name in enumerate(("Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-4B", "Qwen3-8B", "Olmo-3-7B",
+                              "Qwen3-30B-A3B")):
+        words = ["--model", name, "--max_tokens", "8192"]
+        words += ["--rollout_batch", "16"] if "Olmo" in name else []
+        words += ["--sampler", "sharded"] if "30B" in name else []
+        figures = [table[key][i] for key in (
+            "| one GPU", "| each of eight", "| host memory while eight ranks load")]
+        one = f"{readme_peak(words, 1):.0f}" if "30B" not in name else "-"     # it fits no card
+        assert figures == [one, f"{readme_peak(words, 8):.0f}",
+                           f"{readme_peak(words, 8, 'host: load'):.0f}"], name
+
+
+def test_what_the_readme_names_exists():
+    readme = (HERE.parent / "README.md").read_text(encoding="utf-8")
+    scripts = {file.relative_to(HERE.parent).as_posix(): file.read_text(encoding="utf-8")
+               for file in HERE.parent.rglob("*.py")}
+    code, records = "\n".join(scripts.values()), test_antisd.KEYS + test_antisd.TEACHERS
+    others = {"help", "nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint", "index-url"}
+    for flag in set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", readme)) - others:
+        name = flag.replace("-", "_")
+        assert re.search(rf'^    {name}: |"--{flag}"', code, re.M), f"--{flag}"
+    for name in set(re.findall(r"[\w/]+\.py\b", readme)):
+        assert any(file == name or file.endswith("/" + name) for file in scripts), name
+    for name in set(re.findall(r"`(\w+)\(", readme)):
+        assert re.search(rf"^ *(def|class) {name}\b", code, re.M), name
+    for name in set(re.findall(r"`((?:context|seconds)/\w+)`", readme)):
+        assert name in [*records, "seconds/eval"], name
