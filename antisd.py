@@ -2,9 +2,9 @@ r"""AntiSD, Anti-Self-Distillation for reasoning RL, in one readable file.
 
 The method is that of "Anti-Self-Distillation for Reasoning RL via Pointwise Mutual Information"
 (Shen et al., 2026, arXiv 2605.11609); equation and table numbers below are the paper's. A language
-model answers a problem, a verifier grades the answer, and GRPO reinforces the responses that beat
-their group. In addition the same network, now called the teacher, reads the problem together with
-c, a verified solution and a verdict on the response, and scores the student's own tokens. Self-
+model, the student pi_S, answers a problem, a verifier grades the answer, and GRPO reinforces the
+responses that beat their group. In addition the same network, as the teacher pi_T, reads problem
+and c, a verified solution and a verdict on the response, and scores the student's tokens. Self-
 distillation pulls the student towards that teacher. AntiSD pushes it away, with a capped reward for
 tokens that the teacher finds unlikely. A gate ends the push when the teacher's entropy collapses.
 
@@ -21,16 +21,15 @@ Algorithm 1 is the function train(), where each line carries its number:
     7  g, a Schmitt trigger on H; lambda = g * lambda_max, Eq. (7)           EntropyGate
     8  A_t = A_seq - lambda * sg[phi(u_t)], Eq. (2), (6)                     token_advantages
     9  one policy-gradient update                                            policy_loss
-The forward pass that line 9 needs computes s as well. So train() runs lines 2, 4, 5 and 8 in the
-loop of line 9, but 2 and 4 before it where H is the student's or there are several updates.
+The forward pass that line 9 needs also yields s, so train() runs lines 2, 4, 5 and 8 in line 9's
+loop. Where the gate reads the student's H, or a batch has several updates, 2 and 4 come before it.
 
-Sections 1 to 5 are the paper. Around it stand flags (6; cfg.NAME is --NAME), answers and data (7),
-FSDP and micro-batches (8), checkpoints (9), start-up and records (10). Left out on purpose: critic,
-KL term, reference model, reward model, inference engine.
+Sections 1 to 5 are the paper. Then come flags (6; cfg.NAME is --NAME), data (7), FSDP (8), files
+(9), records (10). Left out: critic, KL term, reference model, reward model, inference engine.
 Shapes: this rank has B problems with G responses each, N = B * G responses in all; the responses of
-one problem, a group, are consecutive. T is the length of the longest response, L that of the
-longest prompt with its response; V words, D hidden units. A micro-batch has n of the N responses,
-M response tokens and the longest response T'. Log-probabilities, u, entropies: nats; sg: detach.
+one problem, a group, are consecutive. T is the length of the longest response; V words, D hidden
+units. A micro-batch has n of the N responses and M response tokens; its longest response has T'
+tokens, its longest prompt with response L. Nats throughout; sg is detach; _S: student, _T: teacher.
 Where the paper is silent or we depart from it, a comment says "our choice"; the README lists these.
 """
 import ctypes
@@ -91,7 +90,7 @@ def group_advantages(rewards, group_size):
     rewards (N,), where each group is `group_size` consecutive entries; returns (N,).
     """
     groups = rewards.view(-1, group_size)                                            # (B, G)
-    groups = groups - groups[:, :1]      # equal rewards become exact zeros; their mean may round
+    groups = groups - groups[:, :1]      # makes equal rewards exactly 0, which a mean may round
     centred = groups - groups.mean(1, keepdim=True)
     return (centred / (groups.std(1, keepdim=True) + 1e-6)).view(-1)     # our choice: unbiased std
 
@@ -113,15 +112,14 @@ def phi(u):
 # A signal of your own is one more entry here, and one in GATED if the gate should rule it. With v a
 # next token drawn from pi_S, u_v its u, and the teacher held fixed,
 #     grad JSD(pi_S || pi_T) = E[-phi(u_v) grad log pi_S(v)]     so delta = -phi ascends the JSD,
-#     grad  KL(pi_S || pi_T) = E[  -u_v    grad log pi_S(v)]     so delta = +u descends the KL,
-#     grad  KL(pi_T || pi_S) = E[-exp(u_v) grad log pi_S(v)]     so delta = 1 - exp(u) ascends it.
+#     grad  KL(pi_S || pi_T) = E[  -u_v    grad log pi_S(v)]     so delta = +u descends the KL.
 METHODS = {
     "grpo": torch.zeros_like,           # the baseline
     "sd": lambda u: u,                  # self-distillation, Eq. (3)
     "sd_jsd": phi,                      # self-distillation that descends the JSD
     "antisd": lambda u: -phi(u),        # Eq. (6)
     "antisd_kl": lambda u: -u,          # ablation: ascends the KL, so it has no cap
-    "no_teacher": lambda u: -phi(u),    # ablation: train() sets log pi_T to 0: u = -s; H unchanged
+    "no_teacher": lambda u: -phi(u),    # ablation: train() sets t to 0, u = -s; H stays pi_T's
 }
 GATED = ("antisd", "antisd_kl", "no_teacher")    # our choice: the sd arms act from step 0, ungated
 
@@ -129,7 +127,7 @@ GATED = ("antisd", "antisd_kl", "no_teacher")    # our choice: the sd arms act f
 def token_advantages(seq_advantages, u, lam, method="antisd", compose="add"):
     """Every token's advantage, Eq. (2): A_t = A_seq + lambda * sg[delta(u_t)].
 
-    seq_advantages (N,), u (N, T) in nats, lam >= 0 a number or (N, 1), rows as in u; returns (N, T)
+    seq_advantages (N,), u (N, T) in nats, lam >= 0 a number, or (N, 1): one a row; returns (N, T)
     without gradient. lam = 0 is GRPO. compose="mul" is Table 3's A_seq * (1 + lambda * delta). It
     is 0 where all responses of a group are right or all are wrong; the sum still acts there.
     """
@@ -148,7 +146,7 @@ class EntropyGate:
         g = 1          if H >= h_warm,
         g = 0          if H < tau_down * h_warm,
         g unchanged    in between.
-    With tau_down = 0 the gate never shuts.
+    With tau_down = 0 the gate never shuts after the warm-up.
     """
 
     def __init__(self, warmup_steps=5, tau_down=0.93):
@@ -286,7 +284,7 @@ def teacher_prompts(tokenizer, rollouts, group_size, template_kwargs, max_prompt
 
 
 def final_part(text):
-    """What follows the last thought, stripped; "" where a thought is still open."""
+    """What follows the last </think>, stripped; "" where a <think> is still open."""
     tail = text.rpartition("</think>")[2].strip()
     return "" if "<think>" in tail else tail
 
@@ -316,7 +314,7 @@ def token_logprobs(hidden, lm_head, targets, temperature=1.0, chunk=1024):
         # float32 before log_softmax: in bfloat16 it would err by 0.01 nats, the size of many u
         logps = F.log_softmax(lm_head(h).float() / temperature, dim=-1)              # (m, V)
         logp = logps.gather(-1, y[:, None]).squeeze(-1)
-        with torch.no_grad():            # last: backward's recomputation stops before the entropy
+        with torch.no_grad():            # last, so that recomputation in backward stops before it
             # the clamp gives 0 * -1e9 = 0 where p = 0; 0 * -inf would be NaN
             entropy = -torch.linalg.vecdot(logps.exp(), logps.clamp_min(-1e9))
         return logp, entropy
@@ -357,7 +355,7 @@ class Policy(nn.Module):
         return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)
 
     def generate(self, **inputs):
-        return self.model.generate(**inputs)             # a method for FSDP's hooks: see `shard`
+        return self.model.generate(**inputs)             # our own method: FSDP's hooks surround it
 
     def train(self, mode=True):
         """Sets the flag `training` on the decoder layers alone, where it means that the backward
@@ -423,7 +421,7 @@ def sample(policy, prompts, group_size, max_tokens, temperature=1.0, top_p=1.0, 
     prompts: lists of ids. Returns len(prompts) * group_size lists of ids, groups consecutive, each
     up to and including its first end-of-sequence id, or max_tokens long. temperature 0 is greedy.
     rollout_batch: the most responses decoded at once, in whole groups, at least one group; 0: what
-    a cache of 2^18 tokens holds. sharded: the weights stay split, so every rank decodes to the end.
+    a cache of 2^18 tokens holds. sharded: weights stay split, and the ranks decode in step.
     """
     policy.eval()        # in train mode, gradient checkpointing makes generate() drop its cache
     # generate()'s own default is top_k=50, which would truncate the distribution
@@ -460,15 +458,15 @@ def decode(policy, prompts, group_size, max_tokens, stride, settings):
     responses = [[] for _ in range(len(prompts) * group_size)]
     growing = list(range(len(responses)))                # row i is responses[growing[i]]
     for done in range(0, max_tokens, stride):
-        # First each prompt G times, later the responses that have not ended. reorder_cache is the
-        # only method that selects rows in hybrid layers (linear attention), too.
+        # `rows` repeats each prompt G times at first and later keeps the growing responses.
+        # reorder_cache is the only method that selects rows in linear-attention layers, too.
         cache.reorder_cache(rows)
         ids, attend = ids[rows], attend[rows]
         longer = policy.generate(input_ids=ids, attention_mask=attend, past_key_values=cache,
                                  max_new_tokens=min(stride, max_tokens - done), **settings)
-        new = longer[:, ids.shape[1]:]                                             # (n, <= stride)
+        new = longer[:, ids.shape[1]:]                   # (growing responses, at most `stride`)
         is_end = torch.isin(new, eos_ids)
-        ended = is_end.any(1)                                                      # (n,)
+        ended = is_end.any(1)
         # argmax finds the first end token. It is an action like any other, so it is kept.
         lengths = torch.where(ended, is_end.int().argmax(1) + 1, new.shape[1])
         for i, tokens, length in zip(growing, new.tolist(), lengths.tolist()):
@@ -482,7 +480,7 @@ def decode(policy, prompts, group_size, max_tokens, stride, settings):
 
 
 def roll_out(policy, tokenizer, problems, group_size, sampler="generate", **settings):
-    """`group_size` graded responses to each problem, groups consecutive; settings: of `sample`."""
+    """`group_size` graded responses to each problem, groups consecutive; settings: `sample`'s."""
     prompts, sharded = [p["prompt"] for p in problems], sampler == "sharded"
     with nullcontext() if sharded else gathered(policy):         # gathered: whole on every rank
         responses = sample(policy, prompts, group_size, sharded=sharded, **settings)
@@ -522,8 +520,8 @@ def token_weights(mask, truncated, loss_agg="token", mask_truncated=False):
     The loss is divided by the sum of the weights. loss_agg "token": every token weighs 1. "seq":
     every token weighs 1 / length of its response, so that every response weighs 1.
     """
-    weights = mask.float()
-    if loss_agg == "seq":                                # our choice: the default is "token"
+    weights = mask.float()                               # our choice: "token" is the default
+    if loss_agg == "seq":
         weights = weights / mask.sum(1, keepdim=True)
     # our choice: truncated responses count, unless mask_truncated takes them out of the loss
     return weights * ~truncated[:, None] if mask_truncated else weights
@@ -542,7 +540,7 @@ def train(cfg):
     # our choice: the mean; the paper takes the median, which is near 0 in a chain of thought
     pool = {"mean": global_mean, "median": global_median}[cfg.gate_stat]
     gate_reads_student = cfg.method in GATED and cfg.gate_source == "student"
-    # Several updates share one s (pi_old). Write True here if an idea needs all of s, u or H_S.
+    # Several updates share one s (pi_old). Write True to have all of s, u and H_S before the loop.
     s_first = gate_reads_student or cfg.updates_per_batch > 1
     bar = tqdm(range(progress["step"], cfg.steps), initial=progress["step"], total=cfg.steps,
                disable=rank > 0, dynamic_ncols=True)
@@ -569,7 +567,7 @@ def train(cfg):
 
         # line 3: log pi_T(y_t) and the teacher's entropies H_T: the same weights, c in the prompt
         t, H_T = torch.zeros(2, *mask.shape, device=device)                          # (N, T) each
-        s, u, H_S, origins = None, None, None, []        # unknown yet; origins: of each c
+        s, u, H_S, origins = None, None, None, []        # filled below; origins: each c's source
         with timer("score", metrics):
             if cfg.method != "grpo":                     # grpo has no teacher; its delta ignores u
                 prompts_T, origins = teacher_prompts(tokenizer, rollouts, cfg.group_size,
@@ -580,7 +578,7 @@ def train(cfg):
                 t = torch.zeros_like(t)
             if s_first:                                                              # lines 2, 4
                 s, H_S = score(policy, prompts, responses, cfg.micro_tokens, cfg.temperature)
-                u = t - s        # a token that is to get no term: set its u to 0, as delta(0) = 0
+                u = t - s        # u = 0 gives a token no term; this line runs only if s_first
 
         # lines 6 and 7: one H over the tokens of all ranks, so that all ranks have the same gate
         lam = cfg.lam
@@ -644,7 +642,7 @@ def train(cfg):
 
 # === The paper ends here. What follows is needed around it in any trainer. ========================
 
-# --- 6. Configuration: every field is a flag; defaults are the paper's unless the text says so ----
+# --- 6. Configuration: every field is a flag; where a text names a table, the default is its ------
 
 
 class InputError(ValueError):
@@ -696,7 +694,7 @@ class Config:
     sampler: Literal["generate", "sharded"] = flag(
         "generate", "sharded: decode with split weights; slow, for models beyond one GPU")
     # the update
-    lr: float = flag(1e-6, "AdamW's constant learning rate (Table 5)")
+    lr: float = flag(1e-6, "AdamW's learning rate, constant after --warmup_lr_steps (Table 5)")
     warmup_lr_steps: int = flag(0, "linear learning-rate warm-up, in steps")
     weight_decay: float = flag(0.01, "AdamW's (not in the paper)")
     max_grad_norm: float = flag(1.0, "gradient clipping (not in the paper)")
@@ -777,12 +775,12 @@ def extract_boxed(text):
 
 LATEX = [LatexExtractionConfig(normalization_config=NormalizationConfig(
     malformed_operators=True, nits=True, boxed="none"))]
-# what keeps sympy busy (towers, sums, factorials of no small literal), and what it misreads (3:4)
+# what takes sympy too long (towers, sums, factorials of anything big), and what it misreads (3:4)
 REFUSED = re.compile(r"\^\W*\w*\W*\^|\^[^^]*[)}]\s*\^|\^\W*\d{4}|\)\s*\^\W*\d{3}|\d{60}|\d_|[?:]"
                      r"|(?:\d{4}|[^\w) ]|\^\w+|\)[^(]*\)|\([^()]*(?:\d\d|[^\w+-])[^()]*\))\s*!"
                      r"|\^\{[^}]*!|!\s*[!^]|choose|binom(?!(?:\s*\{[\w +-]{1,5}\}){2})|binom.*\d{4}"
                      r"|(?:[({\[][^)}\]]*){12}|\\(?:sum|prod|i*nt|lim)(?![a-z])")
-# what may follow a number and is no unit: numerals anywhere; comparisons and symbols in front
+# text behind a number that is no unit: it has a numeral in it, or starts with one of these words
 NO_UNIT = (r"(?![^{}]*\b(?:one|two|three|four|fi[fv]|six|seven|eigh|nine|nint|ten|eleven|twel|twen"
            r"|thir|fort[iy]|\w+illion|\w+teen|hundred|thousand|hal[fv]|quarter|dozen|lakh|crore"
            r"|gross|mod\b))(?!\W*(?:not|is|are|if|and|than|to|at|less|more|over|times|plus|minus"
@@ -798,7 +796,7 @@ SPELLINGS = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\\begin\{\w*matrix\}", "("), (r"\\end\{\w*matrix\}", ")"), ("[、;&]", ","),
     (r"\\(?:text|math|mbox|operatorname)(?!bb|cal)[a-z]*\s*\{", r"\\text{"),
     (r"[\s,]*(?:\\text\{,?\s*(?:or|and)\s*\}|\b(?:or|and)\b)", ","),
-    # 3{,}159 and 3 159 and 3,159, but not (3,159), are one number; units go; 1 3/4, 4.5e33, .5, x'
+    # joins 3{,}159, 3 159 and 3,159, but not (3,159); drops units; rewrites 1 3/4, 4.5e33, .5, x'
     (r"(?<=\d)(?:\{,\}|,?\s*\\!\s*|\\,|[ ~])(?=\d{3}(?!\d))", ""), (r"\\[,:;!> ]|~|\s+", " "),
     (r"(?<![\d,.([{])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", "")),
     (rf"(?<=[\w)}}.%])(?:[\s/]*\\text\{{\s*{NO_UNIT}[A-Za-z][^{{}}\d,?=<>+-]{{0,30}}\}}"
@@ -818,8 +816,8 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns where its o
 
 @contextmanager
 def cpu_limit(seconds):
-    """Raises TimeoutException in its body after each `seconds` of this process's own CPU time. A
-    clock on the wall would let a busy machine change rewards. Main thread only."""
+    """Raises TimeoutException in its body every `seconds` of this process's CPU time, as a library
+    may swallow one. A wall clock would let a busy machine change rewards. Main thread only."""
     def stop(*_):
         raise TimeoutException
 
@@ -838,7 +836,7 @@ def cpu_limit(seconds):
 def same_value(gold, box):
     """Whether two LaTeX answers mean the same, by math-verify behind our own rewrite rules and
     guards: it is lax about words, capitals, the count of a list and the kind of its brackets."""
-    decimal = re.search(r"\.\d*[1-9]|\d[eE][+-]?\d", gold)            # known to some digits only
+    decimal = re.search(r"\.\d*[1-9]|\d[eE][+-]?\d", gold)            # a rounded number
     for pattern, replacement in SPELLINGS:
         gold, box = (pattern.sub(replacement, text).strip().rstrip(".") for text in (gold, box))
     if "=" in gold and "=" not in box:                   # P(x) = x^2, (x, y) = (1, 2)
@@ -855,7 +853,7 @@ def same_value(gold, box):
     if shapes[0] != shapes[1] or REFUSED.search(gold) or REFUSED.search(box):
         return False
     if decimal and not re.search(r"[,=]|(?<![\\A-Za-z])[A-Za-z]", gold):
-        # within 1e-4: the relative error is then below 5e-13, which 12 digits round to 0
+        # right within 1e-4: a smaller relative error, divided by 2e8, is 0 to 12 digits
         percent = "/100" if decimal.string.startswith(("0.", ".")) else ""
         gold, box = "0.0", re.sub(r"\\?%", percent, rf"(\frac{{{box}}}{{{gold}}}-1)/200000000")
     try:
@@ -915,7 +913,7 @@ def read_rows(path, split, config):
             yield from datasets.load_dataset("parquet", data_files=path, split="train")
         else:
             name, *own = path.split(":")
-            config, split = [*own, *(config, split)[len(own):]][:2]
+            config, split = [*own, *(config, split)[len(own):]][:2]     # what `path` names wins
             rows = datasets.load_dataset(name, config or None, split=split or None)
             yield from rows if split else rows.get("test") or next(iter(rows.values()))
 
@@ -949,11 +947,12 @@ def read_problem(row):
     if "\n####" in solution:                             # it also has calculator notes <<1+1=2>>
         work, final = re.sub(r"<<[^<>]*>>", "", solution).rsplit("\n####", 1)
         solution = f"{work.strip()}\nThe answer is \\boxed{{{final.strip()}}}."
-    # raw DAPO-Math asks for "Answer:", verl's GSM8K for "####", our reward for a box
+    # Our prompt asks for a box, so raw DAPO-Math's "Answer:" and verl's "####" are not asked for.
     problem = re.sub(r"^Solve the following math problem step by step\. The last line [^\n]*\n\n|"
                      r"\s+(?:Remember to put your answer|Let's think step|Please reason step)[^\n]*"
                      r"(?:Answer:|####|\\boxed)[^\n]*$", "", problem)
-    boxless = re.fullmatch(r'(?is)proof|not ?found|n/a|assert\b.*|[{[]+\s*".*', answer)   # programs
+    # proofs, nothing, tests of programs: no box could hold these answers
+    boxless = re.fullmatch(r'(?is)proof|not ?found|n/a|assert\b.*|[{[]+\s*".*', answer)
     # DAPO-Math's "solution" only repeats the answer: nothing that a teacher could read
     return {"problem": problem, "answer": None if boxless else answer,
             "solution": solution if solution and solution != answer else None}
@@ -1007,7 +1006,7 @@ def shard(policy, dtype, device, offload=False):
         if type(module).__name__ in policy.model._no_split_modules:      # the decoder layers
             fsdp.fully_shard(module, **options)
     fsdp.fully_shard(policy, **options)                  # moves all to the device, layer by layer
-    fsdp.register_fsdp_forward_method(policy, "generate")        # else it skips the root's hook
+    fsdp.register_fsdp_forward_method(policy, "generate")        # gathers the root as forward does
     # After the split, so that no rank ever holds a whole float32 copy. In bfloat16, AdamW at lr
     # 1e-6 would round every update away.
     return policy.float()
@@ -1017,9 +1016,10 @@ def shard(policy, dtype, device, offload=False):
 def gathered(policy):
     """Inside, every rank holds whole weights: decoding communicates nothing, and the ranks may
     decode responses of different lengths."""
+    # empty where nothing was split, as in eval.py
     layers = [module for module in policy.modules() if isinstance(module, fsdp.FSDPModule)]
     hooks = [(layer._forward_pre_hooks, layer._forward_hooks) for layer in layers]
-    for layer in layers:                                 # eval.py does not split: no layers
+    for layer in layers:
         layer.set_reshard_after_forward(False, recurse=False)
         layer.unshard()
         # FSDP's hooks have nothing to gather here, but would cost time in every layer and token.
@@ -1033,7 +1033,7 @@ def gathered(policy):
 
 def micro_batches(lengths, budget):
     """Splits rows of these lengths into lists of row indices, longest rows first. A micro-batch has
-    at most `budget` tokens, a tenth of them padding; a row beyond the budget goes alone."""
+    at most `budget` tokens, at most a tenth of them padding; a longer row goes alone."""
     batches = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         bigger = batches[-1] + [i] if batches else []    # the last micro-batch with row i added
@@ -1046,7 +1046,7 @@ def micro_batches(lengths, budget):
 
 
 def refuse_nan(ids, logits):
-    """Ends the run where NaN would be drawn from: (n, L) ids and (n, V) logits -> logits."""
+    """Ends the run where NaN would be drawn from: ids and (rows, V) logits -> logits."""
     if logits[:, 0].isnan().any():                       # NaN in a hidden state reaches all
         raise InputError("the model's logits are NaN: its weights, or an attention kernel that "
                          "fails on left padding; try --dtype float32")
@@ -1086,7 +1086,7 @@ def save(cfg, policy, optimizer, progress, model_folder):
             dcp.save({"model": model, "optimizer": optim, "progress": json.dumps(progress)},
                      checkpoint_id=target)
         if dist.get_rank() == 0:
-            for old in {*target.parent.iterdir()} - {*checkpoints(folder)[-2:]}:
+            for old in {*target.parent.glob("step-*")} - {*checkpoints(folder)[-2:]}:
                 (old / ".metadata").unlink(missing_ok=True)      # a kill must not leave half of one
                 shutil.rmtree(old)
 
@@ -1106,9 +1106,10 @@ def restore(cfg, policy, optimizer, progress):
         dcp_state.set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
         old = json.loads(state["progress"])
         progress = old if own else progress | {"position": old["position"]}
-    for file in Path(cfg.output).glob("*s.jsonl") if dist.get_rank() == 0 else ():
-        lines = [line for line in read_lines(file) if line["step"] < progress["step"]]
-        write_whole(file, "".join(json.dumps(line) + "\n" for line in lines))
+    if cfg.resume and dist.get_rank() == 0:              # steps after the checkpoint come again
+        for file in Path(cfg.output, "metrics.jsonl"), Path(cfg.output, "samples.jsonl"):
+            lines = [line for line in read_lines(file) if line["step"] < progress["step"]]
+            write_whole(file, "".join(json.dumps(line) + "\n" for line in lines))
     return progress
 
 
@@ -1146,14 +1147,14 @@ def load_tokenizer(name, template_kwargs):
     with one_line(f"--model {name} cannot be used, hub id or folder (RUN/model)", Exception):
         config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
         model_folder = Path(transformers.utils.cached_file(name, "config.json")).parent
-        if (model_folder / "tokenizer.json").exists():   # some other classes split text otherwise
+        if (model_folder / "tokenizer.json").exists():   # other classes may split text differently
             tokenizer = PreTrainedTokenizerFast.from_pretrained(name)
         # Many templates print the day. It is fixed, or a resumed run would differ from its start.
         tokenizer.chat_template = ("{% macro strftime_now(format) %}01 Jan 2026{% endmacro %}"
                                    + tokenizer.get_chat_template())
         with torch.device("meta"):                       # all layers, without memory
             model = AutoModelForCausalLM.from_config(config)
-        words = {*tokenizer.get_vocab().values()} - {*tokenizer.added_tokens_decoder}
+        words = {*tokenizer.get_vocab().values()} - {*tokenizer.added_tokens_decoder}    # their ids
         for wrong, reason in (
             ([key for key in template_kwargs if key not in tokenizer.get_chat_template()],
              f"its chat template does not know all of {template_kwargs}"),
@@ -1182,10 +1183,11 @@ def load_tokenizer(name, template_kwargs):
 def only_lm_head(model):
     """Whether a model's logits are lm_head(hidden) and no more, as Policy.forward computes them. It
     is asked with a small head and random hidden states in place of its layers."""
-    class Output(tuple):                                 # of the layers; models ask it for more
+    class Output(tuple):             # what the layers return; fields but the hidden states are None
         def __getattr__(self, name):
             return self[0] if name == "last_hidden_state" else None
 
+    # big hidden states, so that a soft cap on the logits shows
     hidden = 50 * torch.randn(1, 2, model.get_output_embeddings().weight.shape[1])
     head = nn.Linear(hidden.shape[2], 9)
     model.set_output_embeddings(head)
@@ -1236,11 +1238,11 @@ FREE = {"resume", "steps", "output", "save_every", "export_every", "eval_every",
 
 def open_run(cfg, data):
     """Writes config.json. InputError where two runs would mix in one folder, or where a model would
-    be replaced. A start that failed leaves neither metrics nor a model behind."""
+    be replaced. A start that failed leaves nothing that counts as a run."""
     folder = Path(cfg.output)
     digest = hashlib.sha256(json.dumps(data).encode()).hexdigest()       # of prompts and solutions
     flags = dataclasses.asdict(cfg) | {"data": digest}
-    if (folder / "metrics.jsonl").exists() or (folder / "model").exists():
+    if checkpoints(folder) or any((folder / name).exists() for name in ("metrics.jsonl", "model")):
         if not cfg.resume:
             raise InputError(f"{folder} already holds a run or a model: add --resume, or choose "
                              "another --output")
@@ -1248,7 +1250,7 @@ def open_run(cfg, data):
             old = json.loads((folder / "config.json").read_text())["flags"]
         if changed := [key for key in flags if key not in FREE and old.get(key) != flags[key]]:
             raise InputError("--resume with other settings than the run's: " + ", ".join(changed))
-    if cfg.init_from and not checkpoints(cfg.init_from):
+    if cfg.init_from and not (checkpoints(cfg.init_from) or cfg.resume and checkpoints(folder)):
         raise InputError(f"--init_from {cfg.init_from} holds no checkpoint")
     all_gather(None)                                     # every rank has read the old config.json
     if dist.get_rank() == 0:
@@ -1353,7 +1355,7 @@ def summary(rollouts, origins, mask, a_seq, u, H_S, H_T, cfg, metrics):
         peak = max(all_gather(torch.cuda.max_memory_allocated())) / 2**30
         torch.cuda.reset_peak_memory_stats()
 
-    def of_teacher(pool, values):                        # null for an arm without a teacher
+    def of_teacher(pool, values):                        # null for grpo, which runs no teacher
         return pool(values, mask) if origins else None
     return {"reward": statistics.fmean(rewards),
             "reward_complete": statistics.fmean(complete) if complete else None,

@@ -964,11 +964,14 @@ def test_a_run_in_parts_equals_an_uninterrupted_one_whatever_befell_it(root, tmp
     (newest / ".metadata").unlink()                      # as if killed while saving
     model.rename(elsewhere)
     model.symlink_to(elsewhere)
+    write(parts / "checkpoints/.DS_Store", [])           # somebody's file stays
     run(root, parts, **resumed)
     assert same(weights(tmp_path / "whole/model"), weights(elsewhere)) and model.is_symlink()
     for name in "metrics.jsonl", "samples.jsonl":
         assert strip(read(tmp_path / "whole" / name)) == strip(read(parts / name))
     assert [row["step"] for row in read(parts / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5]
+    (parts / "metrics.jsonl").unlink(), model.unlink()   # checkpoints alone are a run, too
+    refuse(lambda: run(root, parts, **resumed | dict(resume=False)), "already holds a run")
 
 
 def test_offload_changes_no_bit_of_any_run_resumed_or_continued(root, tmp_path, monkeypatch):
@@ -994,8 +997,8 @@ def test_offload_changes_no_bit_of_any_run_resumed_or_continued(root, tmp_path, 
 def test_init_from_keeps_all_but_the_step_and_the_gate(root, tmp_path, monkeypatch):
     run(root, tmp_path / "first", warmup_steps=1, steps=2, save_every=2, lr=1e-2)
     asked, made = spy(monkeypatch, "next_problems"), spy(monkeypatch, "build")
-    [row] = run(root, tmp_path / "antisd", init_from=str(tmp_path / "first"), lr=2e-30,
-                weight_decay=0.02, warmup_steps=1)
+    flags = dict(init_from=str(tmp_path / "first"), lr=2e-30, weight_decay=0.02, warmup_steps=1)
+    [row] = run(root, tmp_path / "antisd", save_every=1, **flags)
     assert same(weights(tmp_path / "first/model"), weights(tmp_path / "antisd/model"))
     assert [args[1] for args, _ in asked] == [8]         # 2 steps x 4 problems were used up
     assert row["step"] == 0 and row["h_warm"] == row["teacher_entropy"] and row["lam"] == 0
@@ -1003,6 +1006,8 @@ def test_init_from_keeps_all_but_the_step_and_the_gate(root, tmp_path, monkeypat
     assert {state["step"].item() for state in optimizer.state.values()} == {3}
     [group] = optimizer.param_groups                     # this run's flags, not the old one's
     assert (group["lr"], group["weight_decay"]) == (2e-30, 0.02)
+    shutil.rmtree(tmp_path / "first")                    # the run has checkpoints of its own now
+    assert len(run(root, tmp_path / "antisd", steps=2, resume=True, **flags)) == 2
 
 
 def test_three_updates_that_are_not_finite_end_the_run(root, tmp_path, monkeypatch):
@@ -1526,7 +1531,10 @@ def test_a_folder_holds_one_run_with_one_set_of_settings_and_data(root, tmp_path
     data = write(tmp_path / "d.jsonl", rows)
     flags = dict(method="grpo", dataset=data)
     refuse(lambda: run(root, tmp_path / "run", **flags | dict(dataset="nobody/nothing")), "nobody")
+    (tmp_path / "run").mkdir()
+    theirs = write(tmp_path / "run/problems.jsonl", [ROW | {"step": 3}])         # not of this run
     [row] = run(root, tmp_path / "run", resume=True, **flags)
+    assert read(theirs) == [ROW | {"step": 3}]
     assert "holds no checkpoint" in capsys.readouterr().out
     assert not row["lam"] and {row[key] for key in (*TEACHERS, "gate", "h_warm")} == {None}
     refuse(lambda: run(root, tmp_path / "run", **flags), "already holds a run", "--resume")
