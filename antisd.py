@@ -3,8 +3,8 @@ r"""AntiSD, Anti-Self-Distillation for reasoning RL, in one readable file.
 The method is that of "Anti-Self-Distillation for Reasoning RL via Pointwise Mutual Information"
 (Shen et al., 2026, arXiv 2605.11609); equation and table numbers below are the paper's. A language
 model, the student pi_S, answers a problem, a verifier grades the answer, and GRPO reinforces the
-responses that beat their group. In addition the same network, as the teacher pi_T, reads problem
-and c, a verified solution and a verdict on the response, and scores the student's tokens. Self-
+responses that beat their group. The same network, as the teacher pi_T, also reads the problem with
+c, a verified solution and a verdict on the response, and scores the student's tokens. Self-
 distillation pulls the student towards that teacher. AntiSD pushes it away, with a capped reward for
 tokens that the teacher finds unlikely. A gate ends the push when the teacher's entropy collapses.
 
@@ -90,7 +90,7 @@ def group_advantages(rewards, group_size):
     rewards (N,), where each group is `group_size` consecutive entries; returns (N,).
     """
     groups = rewards.view(-1, group_size)                                            # (B, G)
-    groups = groups - groups[:, :1]      # makes equal rewards exactly 0, which a mean may round
+    groups = groups - groups[:, :1]      # equal rewards are now exact zeros; a mean could round
     centred = groups - groups.mean(1, keepdim=True)
     return (centred / (groups.std(1, keepdim=True) + 1e-6)).view(-1)     # our choice: unbiased std
 
@@ -127,7 +127,7 @@ GATED = ("antisd", "antisd_kl", "no_teacher")    # our choice: the sd arms act f
 def token_advantages(seq_advantages, u, lam, method="antisd", compose="add"):
     """Every token's advantage, Eq. (2): A_t = A_seq + lambda * sg[delta(u_t)].
 
-    seq_advantages (N,), u (N, T) in nats, lam >= 0 a number, or (N, 1): one a row; returns (N, T)
+    seq_advantages (N,), u (N, T) in nats, lam >= 0 a number or (N, 1), one per row; returns (N, T)
     without gradient. lam = 0 is GRPO. compose="mul" is Table 3's A_seq * (1 + lambda * delta). It
     is 0 where all responses of a group are right or all are wrong; the sum still acts there.
     """
@@ -642,7 +642,7 @@ def train(cfg):
 
 # === The paper ends here. What follows is needed around it in any trainer. ========================
 
-# --- 6. Configuration: every field is a flag; where a text names a table, the default is its ------
+# --- 6. Configuration: every field is a flag; defaults are those of the tables that texts name ----
 
 
 class InputError(ValueError):
@@ -816,8 +816,8 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns where its o
 
 @contextmanager
 def cpu_limit(seconds):
-    """Raises TimeoutException in its body every `seconds` of this process's CPU time, as a library
-    may swallow one. A wall clock would let a busy machine change rewards. Main thread only."""
+    """Raises TimeoutException in its body every `seconds` of CPU time, as libraries may swallow the
+    exception. A clock on the wall would let a busy machine change rewards. Main thread only."""
     def stop(*_):
         raise TimeoutException
 
@@ -1056,9 +1056,12 @@ def refuse_nan(ids, logits):
 # --- 9. Checkpoints: a run that is stopped in any way goes on with --resume -----------------------
 
 
+STEP = "step-" + 6 * "[0-9]"                             # other names are somebody else's
+
+
 def checkpoints(folder):
     """A run's complete checkpoints, oldest first. DCP writes .metadata last; we delete it first."""
-    return sorted(file.parent for file in Path(folder).glob("checkpoints/step-*/.metadata"))
+    return sorted(file.parent for file in Path(folder).glob(f"checkpoints/{STEP}/.metadata"))
 
 
 def write_whole(path, text):
@@ -1086,7 +1089,7 @@ def save(cfg, policy, optimizer, progress, model_folder):
             dcp.save({"model": model, "optimizer": optim, "progress": json.dumps(progress)},
                      checkpoint_id=target)
         if dist.get_rank() == 0:
-            for old in {*target.parent.glob("step-*")} - {*checkpoints(folder)[-2:]}:
+            for old in {*target.parent.glob(STEP)} - {*checkpoints(folder)[-2:]}:
                 (old / ".metadata").unlink(missing_ok=True)      # a kill must not leave half of one
                 shutil.rmtree(old)
 
@@ -1106,8 +1109,8 @@ def restore(cfg, policy, optimizer, progress):
         dcp_state.set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
         old = json.loads(state["progress"])
         progress = old if own else progress | {"position": old["position"]}
-    if cfg.resume and dist.get_rank() == 0:              # steps after the checkpoint come again
-        for file in Path(cfg.output, "metrics.jsonl"), Path(cfg.output, "samples.jsonl"):
+    for name in ("metrics.jsonl", "samples.jsonl") if dist.get_rank() == 0 else ():
+        if (file := Path(cfg.output, name)).exists():    # steps after the checkpoint are run again
             lines = [line for line in read_lines(file) if line["step"] < progress["step"]]
             write_whole(file, "".join(json.dumps(line) + "\n" for line in lines))
     return progress
@@ -1183,7 +1186,7 @@ def load_tokenizer(name, template_kwargs):
 def only_lm_head(model):
     """Whether a model's logits are lm_head(hidden) and no more, as Policy.forward computes them. It
     is asked with a small head and random hidden states in place of its layers."""
-    class Output(tuple):             # what the layers return; fields but the hidden states are None
+    class Output(tuple):             # what the layers return; all fields but the states are None
         def __getattr__(self, name):
             return self[0] if name == "last_hidden_state" else None
 

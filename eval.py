@@ -25,14 +25,15 @@ import statistics
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+# before torch, because antisd.py sets what torch's threads read when it is loaded
+from antisd import (InputError, add_prompts, all_gather, append, extract_boxed, flag, load_policy,
+                    load_problems, load_tokenizer, main, one_line, read_lines, roll_out, setup,
+                    template_variables, write_whole)
+
 import torch
 import torch.distributed as dist
 import transformers
 from tqdm import tqdm
-
-from antisd import (InputError, add_prompts, all_gather, append, extract_boxed, flag, load_policy,
-                    load_problems, load_tokenizer, main, one_line, read_lines, roll_out, setup,
-                    template_variables, write_whole)
 
 # --- 1. Settings: every field is a flag -----------------------------------------------------------
 
@@ -70,7 +71,8 @@ class EvalConfig:
     limit: int = flag(0, "only the first so many problems of each set; 0: all")
     seed: int = flag(0, "of the responses")
     output: str = flag("runs/eval", "folder of the results, in which the same command goes on")
-    rollout_batch: int = flag(32, "responses decoded at once on a rank; free to change at a rerun")
+    rollout_batch: int = flag(32, "most responses decoded at once on a rank, in a cache of at most "
+                                  "2^18 tokens; free to change at a rerun")
     chat_template_kwargs: str = flag("{}", "JSON for the chat template, as in training")
     dtype: Literal["auto", "bfloat16", "float32"] = flag("auto", "auto: bfloat16 on CUDA only")
 

@@ -38,15 +38,16 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-import transformers
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# before torch, because antisd.py sets what torch's threads read when it is loaded
 from antisd import (InputError, add_prompts, extract_boxed, flag, load_policy, load_problems,
                     load_tokenizer, one_line, parse_config, phi, pick_solutions, render, roll_out,
                     score, setup, teacher_messages, teacher_prompts, template_variables,
                     write_whole)
+
+import torch
+import transformers
+from tqdm import tqdm
 
 CAP_U = math.log(2**0.05 - 1)    # below this u, -phi(u) is above 95% of its bound log(2) / 2
 BINS, FLOOR = 32, -4.0           # of the map: boxes on each axis, from 10^-4 or less to 1

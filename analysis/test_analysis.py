@@ -1,4 +1,5 @@
 """What the scripts in analysis/ must prove: `python -m pytest -q analysis`; no network, no GPU."""
+import ast
 import dataclasses
 import html.parser
 import json
@@ -635,7 +636,7 @@ def test_the_commands_exit_with_2_and_one_line(script, argv, monkeypatch, capsys
     assert err.startswith(f"{script}: error: ") and err.count("\n") == 1
 
 
-# --- The README -----------------------------------------------------------------------------------
+# --- The README and the requirements --------------------------------------------------------------
 
 def readme_peak(words, gpus, key="peak"):
     """What memory.py says of a trainer's command line, in GiB."""
@@ -648,7 +649,7 @@ def readme_peak(words, gpus, key="peak"):
     return memory.estimate(config, memory.count_parameters(config), gpus, plan)[key]
 
 
-def test_every_memory_figure_of_the_readme_is_what_memory_py_says():
+def test_every_gpu_memory_figure_of_the_readme_is_what_memory_py_says():
     readme = (HERE.parent / "README.md").read_text(encoding="utf-8")
     recipes = [shlex.split(line) for line in readme.splitlines() if line.startswith("--model ")]
     tiers = re.findall(r"\| `torchrun antisd.py (--model .*?)` \| ([\d.]+) GiB \|", readme)
@@ -679,13 +680,26 @@ def test_what_the_readme_names_exists():
     scripts = {file.relative_to(HERE.parent).as_posix(): file.read_text(encoding="utf-8")
                for file in HERE.parent.rglob("*.py")}
     code, records = "\n".join(scripts.values()), test_antisd.KEYS + test_antisd.TEACHERS
-    others = {"help", "nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint", "index-url"}
+    others = {"help", "nproc-per-node", "index-url"}
     for flag in set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", readme)) - others:
         name = flag.replace("-", "_")
         assert re.search(rf'^    {name}: |"--{flag}"', code, re.M), f"--{flag}"
+    for name in set(re.findall(r"\b(?:toy|analysis)/[\w/]+(?:\.\w+)?", readme)):
+        assert (HERE.parent / name).exists(), name
     for name in set(re.findall(r"[\w/]+\.py\b", readme)):
         assert any(file == name or file.endswith("/" + name) for file in scripts), name
     for name in set(re.findall(r"`(\w+)\(", readme)):
         assert re.search(rf"^ *(def|class) {name}\b", code, re.M), name
     for name in set(re.findall(r"`((?:context|seconds)/\w+)`", readme)):
         assert name in [*records, "seconds/eval"], name
+
+
+def test_what_is_imported_is_in_the_requirements():
+    known = {"antisd", *sys.stdlib_module_names}
+    for line in (HERE.parent / "requirements.txt").read_text().splitlines():
+        known.add(re.match(r"[\w-]+", line)[0].replace("-", "_"))
+    files = [HERE.parent / name for name in ("antisd.py", "eval.py")]
+    for node in ast.walk(ast.parse("".join(file.read_text(encoding="utf-8") for file in files))):
+        found = ([alias.name for alias in node.names] if isinstance(node, ast.Import)
+                 else [node.module] if isinstance(node, ast.ImportFrom) else [])
+        assert {name.split(".")[0] for name in found} <= known
