@@ -60,7 +60,7 @@ from pathlib import Path
 from typing import Literal
 
 os.environ.setdefault("SYMPY_GROUND_TYPES", "python")    # gmpy2 would abort on too big a number
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # spinning threads starve a busy machine
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")          # longer spinning starves a busy machine
 import datasets
 import filelock
 import jinja2
