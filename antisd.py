@@ -947,7 +947,7 @@ def read_problem(row):
     if "\n####" in solution:                             # it also has calculator notes <<1+1=2>>
         work, final = re.sub(r"<<[^<>]*>>", "", solution).rsplit("\n####", 1)
         solution = f"{work.strip()}\nThe answer is \\boxed{{{final.strip()}}}."
-    # Our prompt asks for a box, so raw DAPO-Math's "Answer:" and verl's "####" are not asked for.
+    # This cuts what other prompts ask for (DAPO-Math "Answer:", verl "####"); ours asks for a box.
     problem = re.sub(r"^Solve the following math problem step by step\. The last line [^\n]*\n\n|"
                      r"\s+(?:Remember to put your answer|Let's think step|Please reason step)[^\n]*"
                      r"(?:Answer:|####|\\boxed)[^\n]*$", "", problem)
@@ -1157,12 +1157,12 @@ def load_tokenizer(name, template_kwargs):
                                    + tokenizer.get_chat_template())
         with torch.device("meta"):                       # all layers, without memory
             model = AutoModelForCausalLM.from_config(config)
-        words = {*tokenizer.get_vocab().values()} - {*tokenizer.added_tokens_decoder}    # their ids
+        text_ids = {*tokenizer.get_vocab().values()} - {*tokenizer.added_tokens_decoder}
         for wrong, reason in (
             ([key for key in template_kwargs if key not in tokenizer.get_chat_template()],
              f"its chat template does not know all of {template_kwargs}"),
             (tokenizer.eos_token_id is None, "its tokenizer has no end-of-sequence token"),
-            (max(words) >= model.get_input_embeddings().weight.shape[0],
+            (max(text_ids) >= model.get_input_embeddings().weight.shape[0],
              "its tokenizer has more tokens than its embedding has rows"),
             (getattr(config, "quantization_config", None), "quantized: save a dequantized copy"),
             (not any(type(m).__name__ in (model._no_split_modules or ()) for m in model.modules()),

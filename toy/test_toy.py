@@ -78,6 +78,7 @@ def test_what_the_loss_is_taken_on(tokenizer):
         assert set(labels[:start]) == {-100} and set(fitting[start:]) == {-100}
         slips += labels[start:].count(-100)
         prompt = tokenizer.convert_ids_to_tokens(ids[:start])
+        # The instruction holds one box and a solution another; empty headings hold none.
         told = "attempt" in prompt and prompt.count("\\boxed{") == 2 and 0 not in fitting
         seen |= {fit for fit in fitting if fit != -100}
         for y, other, weight in zip(labels, others, weights):
