@@ -47,6 +47,12 @@ def test_columns_by_hand():
         [15 / 30, 6, 9, 1e3 * (0.5 + 2) / 2, 1e3 * 18 / 15, 3, 3.75, 6])
 
 
+def test_rounds_show_their_spread():
+    rounds = [{"tokens/s": 20.0}, {"tokens/s": 10.0}, {"tokens/s": 33.0}]
+    assert cells(versus_trl.table({"ours": rounds, "theirs": rounds[:1]})) == [
+        ["tokens/s", "21 (10 to 33)", "20"]]
+
+
 @pytest.mark.parametrize("python", [[], [sys.executable]])
 def test_versus_prints_its_table(python):
     if python and not importlib.util.find_spec("trl"):

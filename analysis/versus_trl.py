@@ -120,10 +120,15 @@ def summarise(steps):
 
 
 def table(columns):
-    """{name: summary} -> Markdown."""
+    """{name: [summary of a round, ...]} -> Markdown: means, of several rounds also least and most."""
+    def cell(values):
+        spread = f" ({min(values):.3g} to {max(values):.3g})" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):.3g}{spread}"
+
     rows = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
-    return "\n".join(rows + [f"| {key} | " + " | ".join(f"{c[key]:.3g}" for c in columns.values())
-                             + " |" for key in next(iter(columns.values()))])
+    return "\n".join(rows + [
+        f"| {key} | " + " | ".join(cell([s[key] for s in rounds]) for rounds in columns.values())
+        + " |" for key in next(iter(columns.values()))[0]])
 
 
 def main():
@@ -164,9 +169,9 @@ def main():
                 if ended.returncode:
                     sys.exit(f"{name} failed:\n{ended.stderr[-3000:]}")
                 steps, versions = json.loads(ended.stdout.splitlines()[-1])
-                found.setdefault(name, []).extend(steps[1:])
-                print(name, versions, summarise(steps[1:]), file=sys.stderr, flush=True)
-    print(table({name: summarise(steps) for name, steps in found.items()}))
+                found.setdefault(name, []).append(summarise(steps[1:]))
+                print(name, versions, found[name][-1], file=sys.stderr, flush=True)
+    print(table(found))
     allocator = {k: v for k, v in os.environ.items() if k[:7] in ("MALLOC_", "LD_PREL")}
     print(f"\n{args.problems} problems x {args.group} responses up to {args.max_tokens} tokens; "
           f"{args.dtype}; {'CPU' if args.cpu_time else 'wall'} seconds, {args.threads} threads, "
