@@ -669,10 +669,10 @@ def test_every_gpu_memory_figure_of_the_readme_is_what_memory_py_says():
         words += ["--rollout_batch", "16"] if "Olmo" in name else []
         words += ["--sampler", "sharded"] if "30B" in name else []
         figures = [table[key][i] for key in (
-            "| one GPU", "| each of eight", "| host memory while eight ranks load")]
+            "| one GPU", "| each of eight", "| host memory of eight ranks, peak")]
         one = f"{readme_peak(words, 1):.0f}" if "30B" not in name else "-"     # it fits no card
         assert figures == [one, f"{readme_peak(words, 8):.0f}",
-                           f"{readme_peak(words, 8, 'host: load'):.0f}"], name
+                           f"{readme_peak(words, 8, 'host: peak'):.0f}"], name
 
 
 def test_what_the_readme_names_exists():

@@ -335,8 +335,9 @@ def median(runs, key):
     """The median over seeds; a run that never gets there counts as its length, marked by >=."""
     values = sorted((run[key] if run[key] is not None else run["length of run"], run[key] is None)
                     for run in runs)
-    value, never = values[(len(values) - 1) // 2]
-    return f"{'>=' if never else ''}{value}"
+    middle = values[(len(values) - 1) // 2:len(values) // 2 + 1]         # one value or two
+    never = any(never for _, never in middle)
+    return f"{'>=' if never else ''}{statistics.fmean(value for value, _ in middle):g}"
 
 
 def paired(runs, others, key):

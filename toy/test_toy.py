@@ -163,3 +163,4 @@ def test_steps_and_medians_of_runs_that_never_get_there():
     assert lab.steps_to(rows, 0.85) == 2 and lab.steps_to(rows, 0.95) is None
     runs = [{"to85": step, "length of run": 100} for step in (30, None, 40, None, None)]
     assert lab.median(runs, "to85") == ">=100" and lab.median(runs[:3], "to85") == "40"
+    assert lab.median(runs[:4], "to85") == ">=70" and lab.median(runs[:3:2], "to85") == "35"
