@@ -40,6 +40,26 @@ def test_the_peak_is_that_of_the_second_step_on():
     assert first - second > 0.25 and second == pytest.approx(third, abs=0.1)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_what_a_run_frees_goes_back_to_the_system():
+    """Big blocks, each below a small one that stays, so that a heap could not shrink."""
+    code = """if True:
+        import antisd, pathlib, torch
+        antisd.setup()
+        resident = lambda: int(pathlib.Path("/proc/self/statm").read_text().split()[1]) >> 8   # MiB
+        before, stays = resident(), []
+        for _ in range(3):
+            big = []
+            for _ in range(30):
+                big.append(torch.ones(2 << 20))
+                stays.append(torch.ones(1000))
+            full = resident()
+            del big
+        print(full - before, resident() - before)"""
+    full, after = map(int, run(sys.executable, "-c", code).split())
+    assert full > 200 and after < 50
+
+
 def test_columns_by_hand():
     steps = [{"whole": 10.0, "generate": 4.0, "lengths": [2, 8], "peak_gib": 3.0},
              {"whole": 20.0, "generate": 8.0, "lengths": [1, 4], "peak_gib": 2.0}]
