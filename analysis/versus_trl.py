@@ -4,13 +4,14 @@
     python analysis/versus_trl.py --trl_python trl/bin/python --model SMOLLM2 --data gsm8k.jsonl
 
 Both programs answer the same problems at every step, with the same prompts, group size, longest
-response, dtype, threads and allocator, and both reward a response of an even number of characters,
-so that groups are mixed and teachers are shown a sibling's response. TRL runs as GRPO plus a live
-self-teacher on the sampled tokens (distillation_weight 0.5), or as GRPO alone (0). The runs
-alternate, each in its own process, whose first step is not counted: AdamW's state, and what the
-allocator keeps, come with it. Responses end where the model ends them, so the programs draw other
-lengths: read the times per decoding step and per token beside the tokens/s. Peak memory is the
-highest resident memory from the second step on (Linux; on CUDA, of allocated memory).
+response, dtype and threads; antisd.py sets glibc's mmap threshold itself. Both reward a response of
+an even number of characters, so that groups are mixed and teachers are shown a sibling's response.
+TRL runs as GRPO plus a live self-teacher on the sampled tokens (distillation_weight 0.5), or as
+GRPO alone (0). The runs alternate, each in its own process, whose first step is not counted:
+AdamW's state, and what the allocator keeps, come with it. Responses end where the model ends them,
+so the programs draw other lengths: read the times per decoding step and per token beside the
+tokens/s. Peak memory is the highest resident memory from the second step on (Linux; on CUDA, of
+allocated memory).
 """
 import argparse
 import json
@@ -120,7 +121,7 @@ def summarise(steps):
 
 
 def table(columns):
-    """{name: [summary of a round, ...]} -> Markdown: means, of several rounds also least and most."""
+    """{name: [summary of a round, ...]} -> Markdown: means, and least and most of several."""
     def cell(values):
         spread = f" ({min(values):.3g} to {max(values):.3g})" if len(values) > 1 else ""
         return f"{statistics.fmean(values):.3g}{spread}"
@@ -177,7 +178,7 @@ def main():
           f"{args.dtype}; {'CPU' if args.cpu_time else 'wall'} seconds, {args.threads} threads, "
           f"{os.cpu_count()} cores, load average {os.getloadavg()[2]:.1f}; micro-batches of "
           f"{args.micro} responses, {budget} tokens; {args.rounds} x {args.steps - 1} steps "
-          f"counted; allocator of both: {allocator or 'its defaults'}; {versions}")
+          f"counted; allocator's environment: {allocator or 'unset'}; {versions}")
 
 
 if __name__ == "__main__":
