@@ -977,7 +977,7 @@ def setup():
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         # M_MMAP_THRESHOLD (-3): a freed block of 4 MiB or more goes back to the system. Left alone,
-        # glibc soon keeps blocks up to 32 MiB, a tenth of the peak of a run without a GPU.
+        # glibc raises this bound up to 32 MiB and keeps what is below it, more with every step.
         libc.mallopt(-3, 4 << 20)
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # Where torchrun is killed with -9, its ranks would go on, and write beside the run that

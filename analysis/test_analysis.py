@@ -131,7 +131,8 @@ def test_page_shows_the_trainers_scores(tmp_path):
         assert shown["u"] == pytest.approx((t - s).tolist(), abs=2e-3)
         cards = torch.tensor([[float(x) for x in card.split()] for card in shown["card"]])
         torch.testing.assert_close(cards, torch.stack(
-            [s.exp(), t.exp(), t - s, -antisd.phi(t - s), H_S, H_T], 1).float(), atol=6e-3, rtol=6e-3)
+            [s.exp(), t.exp(), t - s, -antisd.phi(t - s), H_S, H_T], 1).float(),
+            atol=6e-3, rtol=6e-3)
         assert "".join(shown["tokens"]) == tokenizer.decode(r.ids)
         assert shown["view"] == tokenizer.decode(view) and shown["note"].endswith(source)
 
@@ -360,7 +361,8 @@ def test_table_by_hand(tmp_path, capsys):
     assert row["best_gap"] == pytest.approx((.5, .2))    # .7 - .4 and .9 - .2
     assert row["reach"] == {.5: [2, 4], .7: [4, 4]}
     assert facts["sd"]["end_gap"] == (pytest.approx(-.3), None)          # one seed in common
-    curves.main([str(tmp_path / "r.csv"), "--arms", "antisd,sd,grpo_on", "--thresholds", "50", "90"])
+    curves.main([str(tmp_path / "r.csv"), "--arms", "antisd,sd,grpo_on",
+                 "--thresholds", "50", "90"])
     lines = [re.split("  +", line.strip()) for line in capsys.readouterr().out.splitlines()[1:4]]
     assert lines[0] == ["antisd", "2", "70.0 +- 14.1", "+40.0 +- 10.0", "80.0 +- 14.1 @4",
                         "+50.0 +- 20.0", "3 (2 to 4)", "never (4 to never, 1 of 2 never)", "2.0x"]
@@ -392,7 +394,8 @@ def test_arms_of_folders_and_what_is_warned_about(tmp_path):
             write_run(tmp_path / "g1", "grpo", [.9, 0, .9], 0, init_from="runs/g0")]
     arms, warnings = curves.read_runs(runs)
     assert {arm: list(seeds) for arm, seeds in arms.items()} == {
-        "grpo": ["0"], "grpo init_from=run": ["0"], "antisd": ["0", "1"], "antisd tau_down=0": ["0"]}
+        "grpo": ["0"], "grpo init_from=run": ["0"], "antisd": ["0", "1"],
+        "antisd tau_down=0": ["0"]}
     assert not warnings and curves.baseline(arms) == "grpo"
     assert curves.compare(arms)["antisd"]["best_gap"] == (pytest.approx(.2), None)
     assert list(curves.read_runs(runs[-1:])[0]) == ["grpo init_from=run"]
@@ -415,7 +418,8 @@ def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
 
 def test_picture_has_a_line_per_seed_and_arm(tmp_path):
     for suffix in ("svg", "png"):
-        curves.main([write_csv(tmp_path / "r.csv", HAND), "--output", str(tmp_path / f"c.{suffix}")])
+        curves.main([write_csv(tmp_path / "r.csv", HAND),
+                     "--output", str(tmp_path / f"c.{suffix}")])
     svg = (tmp_path / "c.svg").read_text()
     assert svg.count("stroke-opacity: 0.35") == 4        # two seeds of two arms, thin
     for colour in curves.COLOURS[:4]:
@@ -692,6 +696,14 @@ def test_what_the_readme_names_exists():
         assert re.search(rf"^ *(def|class) {name}\b", code, re.M), name
     for name in set(re.findall(r"`((?:context|seconds)/\w+)`", readme)):
         assert name in [*records, "seconds/eval"], name
+
+
+def test_the_readmes_control_shows_the_solutions_of_the_group_before():
+    readme = (HERE.parent / "README.md").read_text(encoding="utf-8")
+    control = re.search(r"`teacher_prompts\(\)` write `(pick_solutions\(.*?\))`", readme)[1]
+    for start, shown in (0, "cc"), (2, "aa"), (4, "bb"):
+        assert shown == eval(control, {"pick_solutions": lambda group, rng: group, "rng": None,
+                                       "rollouts": "aabbcc", "start": start, "group_size": 2})
 
 
 def test_what_is_imported_is_in_the_requirements():

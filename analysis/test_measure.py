@@ -46,7 +46,8 @@ def test_what_a_run_frees_goes_back_to_the_system():
     code = """if True:
         import antisd, pathlib, torch
         antisd.setup()
-        resident = lambda: int(pathlib.Path("/proc/self/statm").read_text().split()[1]) >> 8   # MiB
+        status = pathlib.Path("/proc/self/status")
+        resident = lambda: int(status.read_text().split("VmRSS:")[1].split()[0]) >> 10       # MiB
         before, stays = resident(), []
         for _ in range(3):
             big = []

@@ -11,7 +11,7 @@ GRPO alone (0). The runs alternate, each in its own process, whose first step is
 AdamW's state, and what the allocator keeps, come with it. Responses end where the model ends them,
 so the programs draw other lengths: read the times per decoding step and per token beside the
 tokens/s. Peak memory is the highest resident memory from the second step on (Linux; on CUDA, of
-allocated memory).
+allocated memory). With several --rounds the table has their means, and least and most.
 """
 import argparse
 import json

@@ -336,8 +336,8 @@ def median(runs, key):
     values = sorted((run[key] if run[key] is not None else run["length of run"], run[key] is None)
                     for run in runs)
     middle = values[(len(values) - 1) // 2:len(values) // 2 + 1]         # one value or two
-    never = any(never for _, never in middle)
-    return f"{'>=' if never else ''}{statistics.fmean(value for value, _ in middle):g}"
+    mark = ">=" if any(never for _, never in middle) else ""
+    return f"{mark}{statistics.fmean(value for value, _ in middle):g}"
 
 
 def paired(runs, others, key):
