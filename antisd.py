@@ -80,6 +80,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache,
                           GenerationConfig, HfArgumentParser, PreTrainedTokenizerFast)
+from transformers.cache_utils import DynamicLayer
 
 # --- 1. The method: pure tensor functions ---------------------------------------------------------
 
@@ -442,6 +443,33 @@ def sample(policy, prompts, group_size, max_tokens, temperature=1.0, top_p=1.0, 
     return responses
 
 
+class RoomyLayer(DynamicLayer):
+    """A layer's cached keys and values, (n, heads, tokens, dim) each, in buffers with spare room.
+
+    Its parent copies the whole cache for every new token; this class writes the token in place.
+    """
+
+    room = 32                    # spare tokens of a new buffer: those of a stride of `decode`
+    buffers = None               # `keys` and `values` are views of the first tokens of these two
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        start = self.get_seq_length()
+        if start == 0:
+            return super().update(key_states, value_states)
+        end = start + key_states.shape[2]
+        if self.buffers is None or end > self.buffers[0].shape[2]:
+            more = (0, 0, 0, end - start + self.room)
+            self.buffers = F.pad(self.keys, more), F.pad(self.values, more)
+        for buffer, states in zip(self.buffers, (key_states, value_states)):
+            buffer[:, :, start:end] = states
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx):
+        self.buffers = None                              # the rows are copied, without spare room
+        super().reorder_cache(beam_idx)
+
+
 def decode(policy, prompts, group_size, max_tokens, stride, settings):
     """The responses to one batch of prompts. It decodes `stride` tokens at a time; after each
     stride, the responses that have ended leave the batch, so that no work is spent on them."""
@@ -452,6 +480,7 @@ def decode(policy, prompts, group_size, max_tokens, stride, settings):
     # Each prompt, but for its last token, is read once for its whole group. generate() cannot read
     # without drawing a token, which is thrown away here.
     cache = DynamicCache(config=policy.model.config)
+    cache.layers = [RoomyLayer() if type(each) is DynamicLayer else each for each in cache.layers]
     policy.generate(input_ids=ids[:, :-1], attention_mask=attend[:, :-1], past_key_values=cache,
                     max_new_tokens=1, **settings)
     rows = torch.arange(len(prompts), device=device).repeat_interleave(group_size)

@@ -161,7 +161,7 @@ def estimate(config, parameters, gpus, plan):
                   width * (root + 2 * many * c.hidden_size) + logits)
     cache = rows * cache_bytes(c, tokens, dtype)
     weights = some if plan.sampler == "sharded" else width * parameters
-    # a new token copies a layer's cache; and draws from logits of all rows
+    # a layer's cache is copied when it outgrows its buffer; a draw needs the logits of all rows
     decoding = weights + cache * (1 + 1 / c.num_hidden_layers) + 4 * 4 * rows * c.vocab_size
     training = max(
         2 * width * root + 4 * split + kept + logits,    # at the end of the forward pass

@@ -1,4 +1,4 @@
-"""versus_trl.py, growth.py and gpu_hour.sh: real runs on the toy's model, tiny."""
+"""Runs of versus_trl.py, growth.py and gpu_hour.sh on the toy's model; cached and peak memory."""
 import importlib.util
 import os
 import subprocess
@@ -9,7 +9,8 @@ import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+import antisd
 import growth
 import versus_trl
 
@@ -38,6 +39,21 @@ def test_the_peak_is_that_of_the_second_step_on():
         watch.end()
     first, second, third = [s["peak_gib"] for s in watch.steps]
     assert first - second > 0.25 and second == pytest.approx(third, abs=0.1)
+
+
+def test_a_new_token_is_cached_without_a_copy_of_the_tokens_before_it():
+    ours, theirs, moves = antisd.RoomyLayer(), antisd.DynamicLayer(), []
+    ours.room = 10
+    for i, length in enumerate([5, 3, *[1] * 23]):
+        states, before = (torch.randn(3, 2, length, 4), torch.randn(3, 2, length, 6)), ours.keys
+        for found, expected in zip(ours.update(*states), theirs.update(*states), strict=True):
+            assert torch.equal(found, expected)
+        if i and ours.keys.data_ptr() != before.data_ptr():
+            moves.append(i)
+        if i == 13:
+            for layer in ours, theirs:
+                layer.reorder_cache(torch.tensor([2, 0, 2]))
+    assert moves == [1, 12, 14]          # after the prompt, in a full buffer, after the reordering
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
