@@ -477,10 +477,10 @@ def decode(policy, prompts, group_size, max_tokens, stride, settings):
     eos_ids = torch.tensor(policy.eos_ids, device=device)
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # left-padded
     attend = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    cache = DynamicCache(config=policy.model.config)     # a sliding window has another class
+    cache.layers = [RoomyLayer() if type(each) is DynamicLayer else each for each in cache.layers]
     # Each prompt, but for its last token, is read once for its whole group. generate() cannot read
     # without drawing a token, which is thrown away here.
-    cache = DynamicCache(config=policy.model.config)
-    cache.layers = [RoomyLayer() if type(each) is DynamicLayer else each for each in cache.layers]
     policy.generate(input_ids=ids[:, :-1], attention_mask=attend[:, :-1], past_key_values=cache,
                     max_new_tokens=1, **settings)
     rows = torch.arange(len(prompts), device=device).repeat_interleave(group_size)

@@ -245,8 +245,8 @@ def main(argv=None):
     for line in lines:
         print("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]))
     print("accuracy in percent +- sd over seeds; - grpo: over common seeds, +- standard error; "
-          "steps:\nmedian (first to last seed); speed-up: GRPO's best step / the first step at which the "
-          "arm's\nmean reaches GRPO's best", *warnings, sep="\n")
+          "steps:\nmedian (first to last seed); speed-up: GRPO's best step / the first step at "
+          "which the arm's\nmean reaches GRPO's best", *warnings, sep="\n")
     if args.output:
         draw({arm: arms[arm] for arm in chosen}, facts, base, args.output)
         print(f"{args.output} holds the picture")
